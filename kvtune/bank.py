@@ -1,0 +1,162 @@
+"""The bank: what one dense pass over each sequence leaves behind, so that a trial costs its continuation only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvtune_kernels import attend
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvtune.attention import NAME, Reading, causal
+from kvtune.errors import UsageError
+from kvtune.models import Facts, facts
+
+Observe = Callable[[int, Tensor, Tensor, Tensor], None]  # layer, query [B, Hq, T, D], keys and values [B, H, T, D]
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """N sequences of C context and M continuation tokens under the dense model; it depends on no recipe.
+
+    Full-attention layers hold the context's post-RoPE keys and values [N, H, C, D] and the queries [N, Hq, W, D] of its
+    last tokens; sliding layers stand as transformers left them.
+    """
+
+    tokens: Tensor  # [N, C + M + 1]; the last one is only a target
+    context: int
+    facts: Facts
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    queries: dict[int, Tensor]
+    others: dict[int, Any]  # the cache layers that stay transformers' own
+    logp: Tensor  # [N, M, V], log-probabilities of the dense model on the continuation
+
+    @property
+    def continuation(self) -> int:
+        """M, the tokens that a trial runs."""
+        return self.tokens.shape[1] - self.context - 1
+
+    @property
+    def inputs(self) -> Tensor:
+        """The continuation's tokens [N, M]."""
+        return self.tokens[:, self.context : -1]
+
+    @property
+    def targets(self) -> Tensor:
+        """The token after each of them [N, M]."""
+        return self.tokens[:, self.context + 1 :]
+
+    def dense_layer(self, layer: int, rows: slice = slice(None)) -> Any:
+        """A stock cache layer that holds the context of the given sequences."""
+        if layer in self.others:
+            held = copy.copy(self.others[layer])  # its updates replace tensors and never write into them
+            held.keys, held.values = held.keys[rows], held.values[rows]
+            return held
+        dense = DynamicLayer()
+        dense.update(self.keys[layer][rows], self.values[layer][rows])
+        return dense
+
+
+class Recorder(DynamicLayer):  # type: ignore[misc]
+    """A dense layer that shows what passes: keys, values and queries as attention sees them."""
+
+    def __init__(self, show: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Reading, Reading]:
+        """Stores densely and hands out a Reading."""
+        super().update(key_states, value_states)
+        return Reading(self), Reading(self)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+        """Answers query [B, Hq, n, D] exactly."""
+        self._show(query, self.keys, self.values)
+        count = query.shape[2]
+        seen = causal(count, self.keys.shape[2], query.device) if count > 1 else None
+        return attend(query, self.keys, self.values, seen, scale, softcap)
+
+
+@torch.no_grad()
+def build(model: Any, tokens: Tensor, context: int, window: int = 16, observe: Observe | None = None) -> Bank:
+    """Runs the dense model over tokens [N, C + M + 1], one sequence after the other to bound memory.
+
+    Args:
+        context: C; M is what remains.
+        window: W, how many of the context's last queries are kept per layer.
+        observe: sees each layer's queries, keys and values of each context.
+
+    Raises:
+        UsageError: a context and continuation beyond the model's positions.
+    """
+    known = facts(model.config)
+    if tokens.shape[1] - 1 > known.max_positions:
+        raise UsageError(
+            f"{tokens.shape[1] - 1} tokens of context and continuation exceed the model's {known.max_positions} positions.",
+            "Give a smaller --context.",
+        )
+    model.set_attn_implementation(NAME)
+    tokens = tokens.to(model.device)
+    kept: list[tuple[dict[int, Tensor], Cache]] = []
+    logp = []
+    for row in tokens.split(1):
+        queries: dict[int, Tensor] = {}
+        cache = _recording(model, known, queries, window, observe)
+        model(row[:, :context], past_key_values=cache, logits_to_keep=1)
+        kept.append((queries, _context_of(cache)))
+        out = model(row[:, context:-1], past_key_values=_dense(cache))
+        logp.append(out.logits.float().log_softmax(-1))
+    full = known.compressible()
+    return Bank(
+        tokens,
+        context,
+        known,
+        {i: torch.cat([cache.layers[i].keys for _, cache in kept]) for i in full},
+        {i: torch.cat([cache.layers[i].values for _, cache in kept]) for i in full},
+        {i: torch.cat([queries[i] for queries, _ in kept]) for i in full},
+        {i: _stacked([cache.layers[i] for _, cache in kept]) for i in range(len(known.layers)) if i not in full},
+        torch.cat(logp),
+    )
+
+
+def _recording(model: Any, known: Facts, queries: dict[int, Tensor], window: int, observe: Observe | None) -> Cache:
+    def shower(layer: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def show(query: Tensor, keys: Tensor, values: Tensor) -> None:
+            queries[layer] = query[:, :, -window:].clone()
+            if observe:
+                observe(layer, query, keys, values)
+
+        return show
+
+    layers = list(DynamicCache(config=model.config).layers)
+    for index in known.compressible():
+        layers[index] = Recorder(shower(index))
+    return Cache(layers=layers)
+
+
+def _context_of(cache: Cache) -> Cache:
+    return Cache(layers=[copy.copy(layer) for layer in cache.layers])
+
+
+def _dense(cache: Cache) -> Cache:
+    layers = []
+    for layer in cache.layers:
+        dense = copy.copy(layer)
+        if isinstance(layer, Recorder):
+            dense = DynamicLayer()
+            dense.update(layer.keys, layer.values)
+        layers.append(dense)
+    return Cache(layers=layers)
+
+
+def _stacked(layers: list[Any]) -> Any:
+    whole = copy.copy(layers[0])
+    whole.keys = torch.cat([layer.keys for layer in layers])
+    whole.values = torch.cat([layer.values for layer in layers])
+    return whole

@@ -1,0 +1,154 @@
+"""CompressedCache and load(): a recipe and a model become a transformers cache; and what a recipe weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from kvtune import recipe as recipes
+from kvtune.attention import NAME
+from kvtune.errors import IntegrityError
+from kvtune.layer import CompressedLayer
+from kvtune.models import Facts, facts, fingerprint, ropes
+from kvtune.pages import MakeSite
+from kvtune.parts import Site
+from kvtune.recipe import Policy, Recipe
+from kvtune.rope import Rope
+from kvtune.tensors import Artifact
+
+
+class CompressedCache(Cache):  # type: ignore[misc]
+    """A cache of compressed layers; layers without codecs, and sliding layers, stay transformers' own.
+
+    Pass it to `model.generate(..., past_key_values=cache)`. One cache serves one call; `fresh()` gives the next one.
+    """
+
+    def __init__(
+        self, policies: tuple[Policy, ...], config: Any, rope: Mapping[int, Rope], tensors: Mapping[str, Tensor]
+    ) -> None:
+        layers = list(DynamicCache(config=config).layers)
+        for index, policy in enumerate(policies):
+            if not policy.is_dense:
+                layers[index] = CompressedLayer(policy, sites(index, rope.get(index), tensors))
+        super().__init__(layers=layers)
+        self._made_of = (policies, config, rope, tensors)
+
+    def fresh(self) -> CompressedCache:
+        """An empty cache of the same recipe and model."""
+        return CompressedCache(*self._made_of)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the allocator holds: codes, scales, zeros, sinks, windows and slack, in all layers."""
+        return sum(_nbytes(layer) for layer in self.layers)
+
+
+def sites(layer: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> tuple[MakeSite, MakeSite]:
+    """What makes the Sites of a layer: of its keys, and of its values."""
+
+    def maker(side: Any) -> MakeSite:
+        prefix = f"layer.{layer}.{side}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return lambda positions, dtype: Site(layer, side, positions, dtype, rope, own)
+
+    return maker("keys"), maker("values")
+
+
+def _nbytes(layer: Any) -> int:
+    if isinstance(layer, CompressedLayer):
+        return layer.nbytes
+    held = (layer.keys, layer.values)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
+
+
+def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> CompressedCache:
+    """Returns an empty cache that applies a recipe (a Recipe, or a path) to a transformers model.
+
+    Switches the model's attention to "kvtune" when a layer is compressed; other caches then work as before.
+
+    Raises:
+        IntegrityError: the recipe was tuned for another model (unless forced), or its tensors were changed.
+        UsageError: settings that do not fit the model.
+        UnsupportedError: the model cannot be compressed.
+    """
+    folder = None
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        recipe, folder = recipes.load(path), path if path.is_dir() else path.parent
+    check_model(recipe, model, force)
+    policies = recipe.policies(facts(model.config))
+    tensors = _tensors(recipe, folder, model)
+    needs_rope = any("rope" in chain.needs for policy in policies for chain in (policy.keys, policy.values))
+    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
+    if not all(policy.is_dense for policy in policies):
+        model.set_attn_implementation(NAME)
+    return cache
+
+
+def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
+    """Raises IntegrityError when a recipe is bound to another model, unless forced."""
+    if recipe.model is None or force:
+        return
+    if (found := fingerprint(model)) != recipe.model.fingerprint:
+        raise IntegrityError(
+            f"The recipe was tuned for {recipe.model.name}, whose fingerprint {recipe.model.fingerprint[:19]}... is not "
+            f"this model's ({found[:19]}...).",
+            "Tune this model with `kvtune tune`, or pass --force to apply it all the same.",
+        )
+
+
+def _tensors(recipe: Recipe, folder: Path | None, model: Any) -> Mapping[str, Tensor]:
+    if recipe.artifact is None:
+        return {}
+    if folder is None:
+        raise IntegrityError("The recipe has tensors beside it: load it by its path.")
+    artifact = Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256)
+    return {name: tensor.to(model.device) for name, tensor in artifact.tensors.items()}
+
+
+class Weight(NamedTuple):
+    """What a recipe stores at a context length and batch, to the last scale."""
+
+    bytes: int
+    dense_bytes: int  # the model's own 16-bit cache
+    payload_bits: float  # mean code bits per value of the compressible layers, metadata and windows not counted
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the 16-bit cache."""
+        return self.dense_bytes / self.bytes
+
+    @property
+    def bits(self) -> float:
+        """True bits per cached value."""
+        return 16 * self.bytes / self.dense_bytes
+
+
+def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int = 1) -> Weight:
+    """Counts bytes by running the shipping path on tensors without data, so that no formula can drift from it."""
+    stored = dense = 0
+    for policy, layer in zip(policies, known.layers, strict=True):
+        length = context if layer.window is None else min(context, layer.window - 1)
+        full = 4 * layer.kv_heads * layer.head_dim * length
+        dense += full
+        stored += full if policy.is_dense else layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
+    chains = [chain for i in known.compressible() for chain in (policies[i].keys, policies[i].values)]
+    payload = sum(chain.payload_bits for chain in chains) / max(1, len(chains))
+    return Weight(stored * batch, dense * batch, payload)
+
+
+def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> int:
+    """Bytes of one compressed layer after a prompt of `context` tokens, batch 1."""
+    layer = CompressedLayer(policy, sites(0, _NO_ROPE, {}))
+    x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
+    layer.fill(x, x.clone())
+    return layer.nbytes
+
+
+_NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

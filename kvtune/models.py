@@ -1,0 +1,225 @@
+"""All we know of Hugging Face models: loading, what shapes their cache, their fingerprint, their rotary embedding."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtune.demo import LABEL, demo_folder
+from kvtune.errors import MissingInputError, ResourceError, UnsupportedError, UsageError, suggest
+from kvtune.files import canonical_json
+from kvtune.rope import Rope
+
+FULL = "full_attention"
+_KV_WEIGHT = re.compile(r"\.(k_proj|v_proj|qkv_proj|query_key_value|Wqkv|k_norm)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One attention layer: its kind ("full_attention", "sliding_attention", ...) and head shapes."""
+
+    kind: str
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    window: int | None = None  # tokens that a sliding layer looks back
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What shapes a model's cache."""
+
+    architecture: str
+    layers: tuple[LayerFacts, ...]
+    max_positions: int
+    vocab: int
+
+    def compressible(self) -> tuple[int, ...]:
+        """Indices of the full-attention layers; sliding layers keep transformers' own cache layer."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.kind == FULL)
+
+
+def facts(config: Any) -> Facts:
+    """Reads a transformers config.
+
+    Raises:
+        UnsupportedError: encoder-only, encoder-decoder, MLA, linear-attention and KV-sharing models, by name.
+    """
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    _refuse_unsupported(config, text)
+    count = text.num_hidden_layers
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [FULL if window is None else "sliding_attention"] * count
+    layers = tuple(
+        LayerFacts(kind, kv_heads, heads, head_dim, window if kind == "sliding_attention" else None) for kind in kinds
+    )
+    name = (config.architectures or [type(config).__name__])[0]
+    return Facts(name, layers, int(text.max_position_embeddings), int(text.vocab_size))
+
+
+def _refuse_unsupported(config: Any, text: Any) -> None:
+    name = (config.architectures or [config.model_type])[0]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{name} is an encoder-decoder model; kvtune works on decoder-only language models.")
+    if config.model_type not in CAUSAL or (config.architectures and not re.search("CausalLM|LMHead|Conditional", name)):
+        raise UnsupportedError(f"{name} is no causal language model (encoder-only models keep no KV cache).")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedError(f"{name} caches a compressed latent (MLA), which kvtune does not support.")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedError(f"{name} shares KV between layers by itself, which kvtune does not support.")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if odd := kinds - {FULL, "sliding_attention"}:
+        raise UnsupportedError(f"{name} has {', '.join(sorted(odd))} layers, which kvtune does not support.")
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto", offline: bool = False
+) -> tuple[Any, Any]:
+    """Loads model and tokenizer by `demo`, a local folder (safetensors or one GGUF file) or a hub id.
+
+    Never runs remote code. `auto` is float32 on a CPU (bfloat16 noise hides what 8 bits cost) and bfloat16 on a GPU.
+
+    Raises:
+        MissingInputError: no such model, or not cached and offline.
+        UnsupportedError: see `facts`.
+        ResourceError: out of memory.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = pick_device(device)
+    options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
+    source = _source(name, offline, options)
+    try:
+        facts(AutoConfig.from_pretrained(source, **options))
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=pick_dtype(dtype, place), attn_implementation="sdpa", **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = suggest(name, ("demo",)) if len(name) < 8 else "Give a hub id, a local folder, or `demo`."
+        raise MissingInputError(f"The model {name!r} cannot be loaded: {reason}", hint) from error
+    try:
+        return model.eval().requires_grad_(False).to(place), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"{name} does not fit into the memory of {place}.", "Use --device cpu.") from error
+
+
+def _source(name: str, offline: bool, options: dict[str, Any]) -> str:
+    if name == "demo":
+        return str(demo_folder(offline))
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) != 1:
+            raise MissingInputError(f"{name} holds no config.json and {len(ggufs)} GGUF files instead of one.")
+        from transformers import GgufConfig
+
+        options["gguf_file"] = ggufs[0].name
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return str(folder) if folder.is_dir() else name
+
+
+def pick_device(device: str) -> torch.device:
+    """Returns the device of `auto`, `cpu`, `cuda` or `cuda:N`; UsageError when torch cannot use it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"There is no device {device!r}.", suggest(device, ("auto", "cpu", "cuda"))) from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device.", "Run: kvtune doctor")
+    return place
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Returns the torch dtype of `auto`, `float32`, `bfloat16` or `float16`."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in known:
+        raise UsageError(f"There is no dtype {dtype!r}.", suggest(dtype, (*known, "auto")))
+    return known[dtype]
+
+
+def label(name: str) -> str:
+    """The name that stands in a recipe: never a local path, which means nothing to others."""
+    return LABEL if name == "demo" else Path(name).name if Path(name).exists() else name
+
+
+def fingerprint(model: Any) -> str:
+    """Hashes what makes a cache this model's: cache-shaping config fields and the k/v projection weights.
+
+    Weights are hashed as bfloat16, so that one model has one fingerprint whether it is loaded in 16 or 32 bits.
+    """
+    known = facts(model.config)
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None)
+    shape = [known.architecture, [vars(layer) for layer in known.layers], known.vocab, rope]
+    total = hashlib.sha256(canonical_json(shape).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if _KV_WEIGHT.search(name):
+            raw = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+            total.update(f"{name} {tuple(weight.shape)} ".encode())
+            total.update(raw.numpy().tobytes())
+    return f"sha256:{total.hexdigest()}"
+
+
+def ropes(model: Any) -> dict[int, Rope]:
+    """Returns the rotary embedding of each full-attention layer, checked against the model itself.
+
+    Raises:
+        UnsupportedError: no rotary module, frequencies that change with the length, or keys that do not turn back.
+    """
+    module = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
+    name = type(model).__name__
+    if module is None:
+        raise UnsupportedError(f"{name} has no rotary embedding, so its keys cannot be stored pre-RoPE.")
+    kinds = getattr(module, "rope_type", "default")
+    if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+        raise UnsupportedError(f"{name} changes its rotary frequencies with the length: pre-RoPE keys are undefined.")
+    layer_type = FULL if isinstance(kinds, dict) else None
+    for interleaved in (False, True):
+        rope = Rope(module, layer_type, interleaved)
+        if _turns_back(model, rope):
+            return dict.fromkeys(facts(model.config).compressible(), rope)
+    raise UnsupportedError(f"{name} rotates its keys in a way that kvtune does not know: leave out derope.")
+
+
+@torch.no_grad()
+def _turns_back(model: Any, rope: Rope) -> bool:
+    """Runs the same tokens at two places: attention sees only distances, so pre-RoPE keys must come out equal."""
+    from transformers import DynamicCache
+
+    device = model.get_input_embeddings().weight.device
+    layer = facts(model.config).compressible()[0]
+    tokens = torch.arange(1, 9, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    plain: list[Tensor] = []
+    for start in (0, 37):
+        cache = DynamicCache()
+        positions = torch.arange(start, start + 8, device=device)
+        model(tokens, position_ids=positions[None], past_key_values=cache, use_cache=True)
+        keys = cache.layers[layer].keys
+        assert isinstance(keys, Tensor)
+        plain.append(rope.unturn(keys.float(), positions))
+    error = (plain[0] - plain[1]).norm() / plain[0].norm()
+    return bool(error < (1e-3 if model.dtype == torch.float32 else 3e-2))
+
+
+def embedding(model: Any) -> nn.Module:
+    """The input embedding, which tells the model's device."""
+    module = model.get_input_embeddings()
+    assert isinstance(module, nn.Module)
+    return module

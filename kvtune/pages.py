@@ -1,0 +1,116 @@
+"""Pages: the append-only packed store of one side (keys or values) of one layer, and its dense neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvtune.parts import Chain, Encoded, Site
+
+MakeSite = Callable[[Tensor, torch.dtype], Site]  # positions [T], dtype -> site
+
+
+class Grown:
+    """A tensor that grows along axis 2 in place, with at most 1/32 of slack."""
+
+    def __init__(self, first: Tensor) -> None:
+        self._held = first.contiguous()
+        self._used = first.shape[2]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The part in use, a view."""
+        return self._held[:, :, : self._used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the allocator holds for it, slack included."""
+        return self._held.untyped_storage().nbytes()
+
+    def append(self, more: Tensor) -> None:
+        """Copies more [B, H, n, *] behind the part in use."""
+        end = self._used + more.shape[2]
+        if end > self._held.shape[2]:
+            shape = list(self._held.shape)
+            shape[2] = end + self._used // 32
+            held = self._held.new_empty(shape)
+            held[:, :, : self._used] = self.tensor
+            self._held = held
+        self._held[:, :, self._used : end] = more
+        self._used = end
+
+    def fork(self) -> Grown:
+        """A copy-on-write twin: it shares the memory and moves out on its first append."""
+        return Grown._of(self.tensor)
+
+    def select(self, rows: Tensor) -> Grown:
+        """The same tokens for other batch rows."""
+        return Grown._of(self.tensor.index_select(0, rows))
+
+    @classmethod
+    def _of(cls, tensor: Tensor) -> Grown:
+        grown = cls.__new__(cls)
+        grown._held, grown._used = tensor, tensor.shape[2]
+        return grown
+
+
+class Pages:
+    """Tokens encoded once, in whole blocks, never decoded and encoded again."""
+
+    def __init__(self, chain: Chain, make_site: MakeSite, start: int) -> None:
+        self.chain = chain
+        self.tokens = 0
+        self._make_site = make_site
+        self._start = start  # the true index of the first token
+        self._body: Grown | None = None
+        self._sides: list[list[Grown]] = []
+
+    def append(self, x: Tensor) -> None:
+        """Encodes and stores x [B, H, n, D], n a multiple of the chain's block."""
+        if x.shape[2] == 0:
+            return
+        first = self._start + self.tokens
+        code = self.chain.encode(x, self._site(first, x.shape[2], x.device, x.dtype))
+        self.tokens += x.shape[2]
+        if self._body is None:
+            self._body = Grown(code.body if self.chain.codecs else code.body.clone())
+            self._sides = [[Grown(tensor) for tensor in side] for side in code.sides]
+            return
+        self._body.append(code.body)
+        for held, side in zip(self._sides, code.sides, strict=True):
+            for grown, tensor in zip(held, side, strict=True):
+                grown.append(tensor)
+
+    def read(self, dtype: torch.dtype) -> Tensor | None:
+        """Decodes everything: [B, H, T, D], or None while nothing is stored."""
+        if self._body is None:
+            return None
+        body = self._body.tensor
+        sides = tuple(tuple(grown.tensor for grown in side) for side in self._sides)
+        return self.chain.decode(Encoded(body, sides), self._site(self._start, self.tokens, body.device, dtype))
+
+    def fork(self) -> Pages:
+        """A copy-on-write twin."""
+        return self._mapped(Grown.fork)
+
+    def select(self, rows: Tensor) -> Pages:
+        """The same tokens for other batch rows."""
+        return self._mapped(lambda grown: grown.select(rows))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales, zeros and slack."""
+        flat = [grown for side in self._sides for grown in side]
+        return sum(grown.nbytes for grown in (*flat, *([self._body] if self._body else [])))
+
+    def _mapped(self, move: Callable[[Grown], Grown]) -> Pages:
+        twin = Pages(self.chain, self._make_site, self._start)
+        twin.tokens = self.tokens
+        twin._body = move(self._body) if self._body else None
+        twin._sides = [[move(grown) for grown in side] for side in self._sides]
+        return twin
+
+    def _site(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Site:
+        return self._make_site(torch.arange(first, first + count, device=device), dtype)

@@ -1,0 +1,339 @@
+"""Parts: the mechanisms that recipes are made of, their kinds, their marks, and how they are found by file name."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+
+import torch
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
+from torch import Tensor
+
+from kvtune.errors import UsageError, suggest
+from kvtune.rope import Rope
+
+SEARCH = "search"  # the value that opens a setting in a template
+Setting = int | float | str | bool
+Table = dict[str, Setting]
+
+
+class OneOf(NamedTuple):
+    """A mark: the setting is one of these values."""
+
+    choices: tuple[Setting, ...]
+
+    def legal(self) -> tuple[Setting, ...]:
+        """All values, in order."""
+        return self.choices
+
+    def validate(self, value: Setting) -> Setting:
+        """Returns the value, or raises ValueError."""
+        if value not in self.choices or isinstance(value, bool):
+            raise ValueError(f"{value!r} is not one of {', '.join(map(repr, self.choices))}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.choices)}
+
+
+class Between(NamedTuple):
+    """A mark: the setting is a whole number from low to high, in steps."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    def legal(self) -> tuple[Setting, ...]:
+        """All values, in order."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
+    def validate(self, value: int) -> int:
+        """Returns the value, or raises ValueError."""
+        if value not in range(self.low, self.high + 1, self.step):
+            raise ValueError(f"{value} is not between {self.low} and {self.high} in steps of {self.step}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high, "multipleOf": self.step}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a codec works: what a part may know of its place, since parts hold settings only."""
+
+    layer: int
+    side: Literal["keys", "values"]
+    positions: Tensor  # [T], the true index of each token
+    dtype: torch.dtype
+    rope: Rope | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # this part's tensors of the artifact
+
+
+class Code(NamedTuple):
+    """What a codec stores: a body [B, H, T', *] that the next codec of a chain may encode further, and its metadata.
+
+    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by concatenation.
+    """
+
+    body: Tensor
+    side: tuple[Tensor, ...] = ()
+
+
+class Part(BaseModel, ABC):
+    """One mechanism: a frozen, hashable model of settings. Its name is the name of its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    kind: ClassVar[str] = "part"
+    needs: ClassVar[frozenset[str]] = frozenset()  # of {"rope", "queries", "attention"}
+
+    @classmethod
+    def name(cls) -> str:
+        """The method's name: the file's."""
+        return cls.__module__.rpartition(".")[2]
+
+    def table(self) -> Table:
+        """The TOML table of this part: `parse(part.table()) == part`."""
+        return {"use": self.name(), **self.model_dump()}
+
+    def check(self, head_dim: int, side: str) -> None:
+        """Raises ValueError when these settings do not fit heads of this size, or this side."""
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.model_dump().items())
+        return f"{self.name()}({settings})"
+
+
+class Codec(Part):
+    """Encodes keys or values [B, H, T, D] into fewer bytes and back."""
+
+    kind = "codec"
+
+    @property
+    def payload_bits(self) -> float:
+        """Bits of one stored value, metadata not counted."""
+        return 16.0
+
+    @property
+    def block(self) -> int:
+        """How many tokens must be encoded together."""
+        return 1
+
+    @abstractmethod
+    def encode(self, x: Tensor, site: Site) -> Code:
+        """Encodes x [B, H, T, D]; T is a multiple of `block`. The input is left as it is."""
+
+    @abstractmethod
+    def decode(self, code: Code, site: Site) -> Tensor:
+        """Returns [B, H, T, D] in `site.dtype`."""
+
+
+class Quantizer(Codec):
+    """A codec that ends a chain: its body is packed bytes."""
+
+    kind = "quantizer"
+
+
+class Projection(Codec):
+    """A codec that keeps fewer channels, `rank` of them; it stands before a quantizer."""
+
+    kind = "projection"
+
+
+class Selector(Part):
+    """Scores which tokens win."""
+
+    kind = "selector"
+
+    @abstractmethod
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        """Returns scores [B, H, T] in fp32 of keys and values [B, H, T, D], larger = keep; queries [B, Hq, W, D]."""
+
+
+class Merger(Part):
+    """Folds the tokens that lost into those that won."""
+
+    kind = "merger"
+
+    @abstractmethod
+    def merge(self, won: Tensor, lost: Tensor) -> Tensor:
+        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in; without losers it is the identity."""
+
+
+class Sharer(Part):
+    """Stores several layers together."""
+
+    kind = "sharer"
+
+    @abstractmethod
+    def fold(self, layers: tuple[Tensor, ...], site: Site) -> Code:
+        """Encodes the same side [B, H, T, D] of several layers at once."""
+
+    @abstractmethod
+    def unfold(self, code: Code, index: int, site: Site) -> Tensor:
+        """Returns the index-th layer [B, H, T, D]."""
+
+
+class Retriever(Part):
+    """Finds again what lives in a cheaper place."""
+
+    kind = "retriever"
+
+    @abstractmethod
+    def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
+        """Returns unit indices [B, H, U] to fetch for queries [B, Hq, M, D] and unit digests [B, H, N, *]."""
+
+
+class Encoded(NamedTuple):
+    """What a chain stores: the last body and each codec's metadata."""
+
+    body: Tensor
+    sides: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Codecs applied left to right; decoding runs right to left. The empty chain stores 16-bit values as they are."""
+
+    codecs: tuple[Codec, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """The tokens that all codecs must see together."""
+        return math.lcm(*(codec.block for codec in self.codecs))
+
+    @property
+    def payload_bits(self) -> float:
+        """Code bits per cached value, metadata and windows not counted."""
+        return min((codec.payload_bits for codec in self.codecs), default=16.0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the codecs need of their site."""
+        return frozenset[str]().union(*(codec.needs for codec in self.codecs))
+
+    def encode(self, x: Tensor, site: Site) -> Encoded:
+        """Encodes x [B, H, T, D]; T is a multiple of `block`."""
+        sides = []
+        for codec in self.codecs:
+            x, side = codec.encode(x, site)
+            sides.append(side)
+        return Encoded(x, tuple(sides))
+
+    def decode(self, code: Encoded, site: Site) -> Tensor:
+        """Returns [B, H, T, D]."""
+        x = code.body
+        for codec, side in zip(reversed(self.codecs), reversed(code.sides), strict=True):
+            x = codec.decode(Code(x, side), site)
+        return x
+
+    def check(self, head_dim: int, side: str) -> None:
+        """Raises ValueError when a codec does not fit, or stands where it cannot."""
+        for index, codec in enumerate(self.codecs):
+            codec.check(head_dim, side)
+            if isinstance(codec, Quantizer) and index < len(self.codecs) - 1:
+                after = self.codecs[index + 1].name()
+                raise ValueError(f"{codec.name()} packs bytes, so {after} cannot follow it: put {codec.name()} last")
+
+    def tables(self) -> list[Table]:
+        """The TOML tables of the codecs."""
+        return [codec.table() for codec in self.codecs]
+
+    def __str__(self) -> str:
+        return " > ".join(map(str, self.codecs)) or "16-bit"
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods: the files in `kvtune/methods`."""
+    methods = importlib.import_module("kvtune.methods")
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(methods.__path__)))
+
+
+def find(name: str) -> type[Part]:
+    """Returns the part that the file `methods/<name>.py` defines.
+
+    Raises:
+        UsageError: no such file. Only names of existing files resolve, since recipes come from strangers.
+    """
+    known = names()
+    if name not in known:
+        raise UsageError(f"There is no method {name!r}.", suggest(name, known))
+    module = importlib.import_module(f"kvtune.methods.{name}")
+    parts = [
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, Part) and thing.__module__ == module.__name__
+    ]
+    if len(parts) != 1:
+        raise UsageError(f"methods/{name}.py defines {len(parts)} parts instead of one.")
+    return parts[0]
+
+
+def parse(table: Mapping[str, Any]) -> Part:
+    """Returns the part of a TOML table such as `{use = "affine", bits = 4}`.
+
+    Raises:
+        ValueError: an unknown method or setting, or a value outside its mark, in words.
+    """
+    settings = dict(table)
+    cls = _class_of(settings)
+    try:
+        return cls(**settings)
+    except ValidationError as error:
+        raise ValueError(_in_words(cls, error)) from None
+
+
+def choices(table: Mapping[str, Any]) -> Iterator[Part]:
+    """Yields every part that a table with open settings (`bits = "search"`) stands for.
+
+    Raises:
+        ValueError: as `parse`, or a setting without a mark is opened.
+    """
+    settings = dict(table)
+    cls = _class_of(settings)
+    opened = {name: legal_values(cls, name) for name, value in settings.items() if value == SEARCH}
+    for values in itertools.product(*opened.values()):
+        yield parse({**table, **dict(zip(opened, values, strict=True))})
+
+
+def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
+    """All values that a setting's mark (OneOf, Between, or a Literal type) allows; ValueError without one."""
+    field = cls.model_fields.get(name)
+    if field is None:
+        raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
+    for mark in field.metadata:
+        if isinstance(mark, OneOf | Between):
+            return mark.legal()
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    raise ValueError(f"{cls.name()}.{name} has no mark that bounds it, so it cannot be searched")
+
+
+def _class_of(settings: dict[str, Any]) -> type[Part]:
+    name = settings.pop("use", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a part needs `use = \"METHOD\"`, got {name!r}")
+    try:
+        return find(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def _in_words(cls: type[Part], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{cls.name()} has no {key!r}. {suggest(key, tuple(cls.model_fields))}"
+    return f"{cls.name()}.{key}: {first['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,74 @@
+"""Profile: what calibrate measured on a model, in one safetensors file that any recipe search can use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvtune.errors import IntegrityError
+from kvtune.parts import Chain
+from kvtune.space import Side
+from kvtune.tensors import Artifact
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the price table: one side of one layer under one setting, the other side dense."""
+
+    layer: int
+    side: Side
+    setting: str  # canonical JSON of the chain's tables
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Named tensors and what they were measured on.
+
+    prices [cells] and prices_by_head [cells, H] in nats; exact [cells] where `--exact` was asked; errors [layers, key
+    settings, value settings, 4] are KVTuner's e_k, e_v, e_a, e_o; moments.{keys,values,queries} [L, H, D, D] and
+    means [L, H, D] of pre-RoPE keys and queries and of values; mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    """
+
+    cells: tuple[Cell, ...]
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def prices(self) -> dict[Cell, float]:
+        """KL in nats of each cell."""
+        return dict(zip(self.cells, self.tensors["prices"].tolist(), strict=True))
+
+    def save(self, path: Path) -> str:
+        """Writes the file atomically; returns its sha256."""
+        cells = [[cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.cells]
+        return Artifact(self.tensors, {"profile": FORMAT, "cells": cells, **self.meta}).save(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Reads a profile.
+
+        Raises:
+            MissingInputError: no such file.
+            IntegrityError: damaged, too new, or not a profile.
+        """
+        artifact = Artifact.load(path)
+        meta = dict(artifact.meta)
+        version, cells = meta.pop("profile", None), meta.pop("cells", None)
+        if version != FORMAT or not isinstance(cells, list):
+            raise IntegrityError(f"{path} is not a profile of format {FORMAT}.", "Run: kvtune calibrate MODEL")
+        try:
+            return cls(tuple(Cell(*cell) for cell in cells), artifact.tensors, meta)
+        except TypeError as error:
+            raise IntegrityError(f"{path} holds malformed cells: {error}.", "Run: kvtune calibrate MODEL") from None
+
+
+def setting(chain: Chain) -> str:
+    """The canonical text of a chain."""
+    return json.dumps(chain.tables(), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,58 @@
+"""Rotary position embedding as an exact, invertible turn, taken from the model's own module."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Turns keys [B, H, T, D] by their positions [T], and back.
+
+    The angles come from the model's rotary module, so any frequency scaling (Llama-3, YaRN, linear) is the model's
+    own. Of a partial rotary width only the first channels turn. Source: RoFormer, arXiv:2104.09864.
+    """
+
+    module: nn.Module
+    layer_type: str | None = None
+    interleaved: bool = False
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Returns post-RoPE keys from pre-RoPE keys."""
+        return self._rotate(x, positions, inverse=False)
+
+    def unturn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Returns pre-RoPE keys from post-RoPE keys."""
+        return self._rotate(x, positions, inverse=True)
+
+    def _rotate(self, x: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+        if x.is_meta:  # only shapes are asked for
+            return torch.empty_like(x)
+        cos, sin = self._tables(x, positions)
+        width = cos.shape[-1]
+        head, tail = x[..., :width].float(), x[..., width:]
+        if inverse:
+            # cos^2 + sin^2 is not 1 where a model scales its embedding (YaRN's attention factor)
+            norm = cos.square() + sin.square()
+            turned = (head * cos - self._half_turn(head) * sin) / norm
+        else:
+            turned = head * cos + self._half_turn(head) * sin
+        return torch.cat([turned.to(x.dtype), tail], -1)
+
+    def _tables(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(1, dtype=torch.float32, device=x.device)
+        extra = () if self.layer_type is None else (self.layer_type,)
+        with torch.no_grad():
+            cos, sin = self.module(like, positions[None].to(x.device), *extra)
+        cos, sin = cos[0].float(), sin[0].float()
+        if self.interleaved:
+            half = cos.shape[-1] // 2
+            cos, sin = (table[:, :half].repeat_interleave(2, -1) for table in (cos, sin))
+        return cos, sin
+
+    def _half_turn(self, x: Tensor) -> Tensor:
+        if self.interleaved:
+            return torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
+        left, right = x.chunk(2, -1)
+        return torch.cat([-right, left], -1)

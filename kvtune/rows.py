@@ -1,0 +1,144 @@
+"""Rows: batch rows of equal true length, their sinks, pages and recent window, and how queries read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from kvtune_kernels import attend
+from torch import Tensor
+
+from kvtune.errors import UnsupportedError
+from kvtune.pages import MakeSite, Pages
+from kvtune.recipe import Policy
+
+
+class Rows:
+    """The tokens of some batch rows in one layer: sinks | pages | recent, the outer two exact.
+
+    Which tokens a query sees exactly depends on its position alone: token t is read from its page by every query at
+    position p with t < sinks + due(p), and exactly by the others. So chunked reading equals reading token by token.
+    Only the prompt, the first forward of an empty cache, sees itself exactly (as in KIVI, arXiv:2402.02750).
+    """
+
+    def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
+        self.policy = policy
+        self.seen = 0  # true tokens, padding not counted
+        self.keys = Pages(policy.keys, sites[0], policy.sinks)
+        self.values = Pages(policy.values, sites[1], policy.sinks)
+        self._sinks: tuple[Tensor, Tensor] | None = None
+        self._recent: tuple[Tensor, Tensor] | None = None
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        """Adds keys and values [B, H, n, D] and answers their queries [B, Hq, n, D]; then frees what has left."""
+        first, start = self.seen == 0, self.keys.tokens
+        self._extend(keys, values)
+        if first:
+            mask = _causal(keys.shape[2], keys.device) if keys.shape[2] > 1 else None
+            out = attend(query, keys, values, mask, scale, softcap)
+        else:
+            self._encode(start, self.policy.due(self.seen - 1))  # what the last query reads from pages
+            all_keys, all_values = self.read(query.dtype)
+            out = attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
+        self._settle(start)
+        return out
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would leave it."""
+        self._extend(keys, values)
+        self._settle(0)
+
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] as the next query reads them: sinks, decoded pages, recent window."""
+        sides = []
+        for side, pages in enumerate((self.keys, self.values)):
+            dense = [pair[side] if pair else None for pair in (self._sinks, self._recent)]
+            found = [x for x in (dense[0], pages.read(dtype), dense[1]) if x is not None]
+            sides.append(torch.cat(found, 2) if len(found) > 1 else found[0])
+        return sides[0], sides[1]
+
+    def crop(self, count: int) -> None:
+        """Forgets the last `count` tokens; UnsupportedError when they are no longer in the recent window."""
+        held = self._recent[0].shape[2] if self._recent else 0
+        if count > held:
+            raise UnsupportedError(
+                f"Cannot crop {count} tokens: only the last {held} are still exact.", "Use a recipe with more `recent`."
+            )
+        assert self._recent is not None
+        self.seen -= count
+        self._recent = _map(self._recent, lambda x: x[:, :, : held - count].clone())
+
+    def select(self, rows: Tensor) -> Rows:
+        """Other batch rows of the same tokens: beams, samples."""
+        twin = self.fork()
+        twin.keys, twin.values = self.keys.select(rows), self.values.select(rows)
+        twin._sinks = _map(self._sinks, lambda x: x.index_select(0, rows))
+        twin._recent = _map(self._recent, lambda x: x.index_select(0, rows))
+        return twin
+
+    def fork(self) -> Rows:
+        """A copy-on-write twin: what happens to it leaves this one as it is."""
+        twin = Rows.__new__(Rows)
+        twin.policy, twin.seen = self.policy, self.seen
+        twin.keys, twin.values = self.keys.fork(), self.values.fork()
+        twin._sinks, twin._recent = self._sinks, self._recent
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, metadata, sinks and window included."""
+        dense = [tensor for pair in (self._sinks, self._recent) if pair for tensor in pair]
+        return self.keys.nbytes + self.values.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
+
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
+        self.seen += keys.shape[2]
+        missing = self.policy.sinks - (self._sinks[0].shape[2] if self._sinks else 0)
+        if missing > 0:
+            self._sinks = _join(self._sinks, (keys[:, :, :missing].clone(), values[:, :, :missing].clone()))
+            keys, values = keys[:, :, missing:], values[:, :, missing:]
+        self._recent = _join(self._recent, (keys, values))
+
+    def _encode(self, start: int, due: int) -> None:
+        """Writes the tokens up to `due` into pages; the exact tokens begin at `start`, both counted after the sinks."""
+        assert self._recent is not None
+        for pages, x in zip((self.keys, self.values), self._recent, strict=True):
+            pages.append(x[:, :, pages.tokens - start : due - start])
+
+    def _settle(self, start: int) -> None:
+        """Moves what has left the recent window into pages, and frees it."""
+        due = max(start, self.policy.due(self.seen))
+        self._encode(start, due)
+        if due > start or start == 0:  # clones own just their bytes; a prompt's keys may be views of more
+            self._recent = _map(self._recent, lambda x: x[:, :, due - start :].clone())
+
+    def _mask(self, query: Tensor, start: int) -> Tensor | None:
+        """Mask [n, sinks + pages + recent]: pages closed since `start` are read by the later queries only."""
+        count, paged, device = query.shape[2], self.keys.tokens, query.device
+        if count == 1:
+            return None
+        sinks = min(self.policy.sinks, self.seen)
+        positions = torch.arange(self.seen - count, self.seen, device=device)
+        dues = [max(start, self.policy.due(p)) for p in range(self.seen - count, self.seen)]
+        due = torch.tensor(dues, device=device)[:, None]
+        tokens = torch.arange(sinks, self.seen, device=device)  # true index of each exact token after the sinks
+        exact = tokens[start:]
+        sees_sinks = torch.arange(sinks, device=device) <= positions[:, None]
+        sees_pages = tokens[:paged] < sinks + due
+        sees_exact = (exact >= sinks + due) & (exact <= positions[:, None])
+        return torch.cat([sees_sinks, sees_pages, sees_exact], 1)
+
+
+def _causal(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, count, dtype=torch.bool, device=device).tril()
+
+
+def _join(held: tuple[Tensor, Tensor] | None, more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if held is None:
+        return more
+    return torch.cat([held[0], more[0]], 2), torch.cat([held[1], more[1]], 2)
+
+
+def _map(pair: tuple[Tensor, Tensor] | None, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (move(pair[0]), move(pair[1]))

@@ -1,0 +1,63 @@
+"""Layer spans: which layers an entry of a recipe speaks for, and that each layer is covered exactly once."""
+
+import re
+from collections.abc import Sequence
+
+from kvtune.errors import UsageError
+
+_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+_END = re.compile(r"(first|last) (\d{1,5})")
+
+
+def resolve(spans: Sequence[str], layers: int) -> list[int]:
+    """Returns, for each layer, the index of the span that covers it.
+
+    A span is `all`, `rest`, `first N`, `last N`, or ranges such as `0-3, 7`.
+
+    Raises:
+        UsageError: a span that is none of these or leaves the model, or a layer covered twice or never.
+    """
+    owner: list[int | None] = [None] * layers
+    for index, span in enumerate(spans):
+        for layer in [] if span == "rest" else _layers(span, layers):
+            if (other := owner[layer]) is not None:
+                raise UsageError(f"layer {layer} is covered twice, by {spans[other]!r} and {span!r}.")
+            owner[layer] = index
+    rests = [index for index, span in enumerate(spans) if span == "rest"]
+    if len(rests) > 1:
+        raise UsageError('"rest" stands twice, so layers would be covered twice.')
+    full = [rests[0] if rests and found is None else found for found in owner]
+    if missing := [layer for layer, found in enumerate(full) if found is None]:
+        raise UsageError(f"layers {write(missing)} of {layers} are not covered.", 'Add an entry with span = "rest".')
+    return [found for found in full if found is not None]
+
+
+def write(layers: Sequence[int]) -> str:
+    """Returns the shortest span of sorted layer indices: [0, 1, 2, 7] is "0-2, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _layers(span: str, layers: int) -> list[int]:
+    if span == "all":
+        return list(range(layers))
+    if found := _END.fullmatch(span):
+        count = int(found[2])
+        if count > layers:
+            raise UsageError(f"span {span!r} is longer than the model's {layers} layers.")
+        return list(range(count)) if found[1] == "first" else list(range(layers - count, layers))
+    covered: list[int] = []
+    for piece in span.split(","):
+        found = _RANGE.fullmatch(piece.strip())
+        if not found:
+            raise UsageError(f'span {span!r} is not "all", "rest", "first N", "last N" or ranges such as "0-3, 7".')
+        low, high = int(found[1]), int(found[2] or found[1])
+        if low > high or high >= layers:
+            raise UsageError(f"span {span!r} does not fit a model with {layers} layers.")
+        covered.extend(range(low, high + 1))
+    return covered
