@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kvtune_kernels import attend
@@ -16,6 +16,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvtune.attention import NAME, Reading, causal
 from kvtune.errors import UsageError
 from kvtune.models import Facts, facts
+from kvtune.texts import Document, sequences
+
+class Sizes(NamedTuple):
+    """How much text a measurement takes: N sequences of C context and M continuation tokens."""
+
+    sequences: int = 8
+    context: int = 512
+    continuation: int = 128
+
 
 Observe = Callable[[int, Tensor, Tensor, Tensor], None]  # layer, query [B, Hq, T, D], keys and values [B, H, T, D]
 
@@ -61,6 +70,11 @@ class Bank:
         dense = DynamicLayer()
         dense.update(self.keys[layer][rows], self.values[layer][rows])
         return dense
+
+
+def text_tokens(documents: list[Document], tokenizer: Any, sizes: Sizes, role: str) -> Tensor:
+    """Returns tokens [N, C + M + 1]."""
+    return sequences(documents, tokenizer, sizes.sequences, sizes.context + sizes.continuation + 1, role)
 
 
 class Recorder(DynamicLayer):  # type: ignore[misc]

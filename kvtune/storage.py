@@ -32,12 +32,14 @@ def address(storage: str) -> URL:
     """Reads a database URL; anything without `://` is the path of an SQLite file.
 
     Raises:
-        UsageError: it is not a URL.
+        UsageError: it is no database URL.
     """
     if "://" not in storage:
         return URL.create("sqlite", database=storage)
     try:
-        return make_url(storage)
+        url = make_url(storage)
+        url.get_dialect()  # an unknown kind of database is a wrong URL, not a silent server
+        return url
     except ArgumentError as error:
         raise UsageError(f"--storage {storage!r}: {error}", "Like sqlite:///study.db.") from None
 

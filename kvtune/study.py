@@ -24,7 +24,7 @@ from kvtune.sampling import Choice, Plan, Seeded, Space, propose
 from kvtune.storage import address, finished_schema, opened, place, sole_writer, sqlite_file
 from kvtune.table import ATTRS, ORIGIN, Evaluate, Outcome, Row, Table, front, judge
 
-__all__ = "Choice Evaluate Outcome Row Seeded Space fresh front rows run".split()
+__all__ = ["Choice", "Outcome", "Row", "Seeded", "Space", "fresh", "front", "rows", "run"]
 
 BINDING = "kvtune"  # the study's user attribute that says what it belongs to
 CONSTRAINT = "resources"  # above zero on infeasible trials; absent, hence feasible, on all others
@@ -83,9 +83,9 @@ def rows(storage: str, name: str) -> list[Row]:
     if (file := sqlite_file(url)) is not None and not finished_schema(file):
         raise MissingInputError(f"there is no study in {file}", "`kvtune search` makes one.")
     with _quiet(), opened(url) as store:
-        names = optuna.get_all_study_names(storage=store)
+        names = tuple(optuna.get_all_study_names(storage=store))
         if name not in names:
-            raise MissingInputError(f"no study {name!r} in {place(url)}", suggest(name, (*names,)))
+            raise MissingInputError(f"no study {name!r} in {place(url)}", suggest(name, names))
         return _table(optuna.load_study(study_name=name, storage=store)).rows
 
 
@@ -195,7 +195,6 @@ def _finish(study: Study, trial: FrozenTrial, evaluate: Evaluate, table: Table) 
     live.set_user_attr(ATTRS, attrs)  # one value, so that a second try leaves nothing of the first
     if values is not None:
         return study.tell(live, values)
-    # A trial without constraints is feasible to Optuna 5, so this one is marked before it is told.
-    if not trial.constraints:
+    if not trial.constraints:  # without any, Optuna 5 would take the trial for feasible
         live.set_constraint(CONSTRAINT, 1.0)
     return study.tell(live, state=TrialState.PRUNED)

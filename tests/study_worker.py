@@ -1,4 +1,4 @@
-"""A small search in a process of its own, for the tests to kill: `study_worker.py MODE DB TRIALS`.
+"""Small searches for the tests; `study_worker.py MODE DB TRIALS` is one to be killed.
 
 `run` searches until it is killed or done; `hold` stops inside an evaluation; `steps` forks children
 that kill themselves after one to three lasting writes to the database, until the search is done;
@@ -10,16 +10,21 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
 from random import Random
 
+from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from kvtune.errors import ResourceError
-from kvtune.study import Choice, Evaluate, Outcome, Row, Seeded, Space, run
+from kvtune.study import Choice, Outcome, Row, Seeded, Space, run
+from kvtune.table import Evaluate
 
 NAME, OBJECTIVES, SEED = "search", ("kl", "bytes"), 7
+SMALL = Space({"keys": ("2", "3", "4"), "values": ("2", "3", "4")})
 SPACE = Space({name: ("2", "3", "4", "8") for name in ("early", "middle", "late")})
 STARTS = (
     Seeded("uniform 4", {"early": "4", "middle": "4", "late": "4"}),
@@ -71,6 +76,49 @@ def search(base: str, trials: int, how: Evaluate = evaluate, resume: bool = True
     )
 
 
+class Counting:
+    """An evaluator that counts its calls, by the configuration."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, choice: Choice) -> Outcome:
+        """Trades a loss against bytes."""
+        self.calls.append(tuple(choice.values()))
+        bits = [int(x) for x in choice.values()]
+        return Outcome((sum(4.0**-x for x in bits), float(sum(bits))))
+
+
+def small(
+    base: Path,
+    evaluate: Callable[[Choice], Outcome],
+    trials: int,
+    *,
+    space: Space = SMALL,
+    starts: tuple[Seeded, ...] = (),
+    seed: int = 1,
+    seconds: float | None = None,
+    resume: bool = False,
+    context: str = "",
+    on_trial: Callable[[Row, int], None] | None = None,
+) -> list[Row]:
+    """Runs a search of nine configurations."""
+    return run(
+        f"sqlite:///{base}",
+        "s",
+        space,
+        starts,
+        evaluate,
+        objectives=("kl", "bytes"),
+        trials=trials,
+        seed=seed,
+        seconds=seconds,
+        resume=resume,
+        context=context,
+        on_trial=on_trial,
+    )
+
+
 def die_after(lasting: int) -> None:
     """Arms this process: after so many writes that last, it kills itself as the next one begins."""
     state = {"left": lasting, "pending": False}
@@ -104,6 +152,7 @@ def steps(base: str, trials: int) -> None:
     """Prints how many children died before one found nothing left to write."""
     # One to three: a life that only repeats the last one's unfinished write would get nowhere.
     lives, deaths = Random(SEED), 0
+    RDBStorage("sqlite://").engine.dispose()  # imports once what every child needs
     while status := step(base, trials, lives.randint(1, 3)):
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
             sys.exit(f"a child failed with wait status {status}")

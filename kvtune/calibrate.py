@@ -1,0 +1,137 @@
+"""Calibrate: model + text -> Profile, for all settings that a template opens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtune import prices
+from kvtune.bank import Bank, Sizes, build, text_tokens
+from kvtune.distortion import distortions
+from kvtune.errors import UnsupportedError
+from kvtune.measure import Bench
+from kvtune.models import facts, fingerprint, label, ropes
+from kvtune.moments import Moments, attention_mass
+from kvtune.profile import Cell, Profile, setting
+from kvtune.recipe import Policy, Recipe
+from kvtune.rope import Rope
+from kvtune.space import SIDES, Opened, opened
+from kvtune.texts import Document, digest
+
+Say = Callable[[str, int, int], None]  # stage, done, total
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    documents: list[Document],
+    template: Recipe,
+    *,
+    name: str = "",
+    sizes: Sizes = Sizes(),  # noqa: B008 - a frozen default
+    seed: int = 0,
+    exact: bool = False,
+    say: Say = quiet,
+) -> Profile:
+    """Measures a model on documents and returns its Profile; with `exact`, the exhaustive price table as well.
+
+    Raises:
+        MissingInputError: too little text.
+        UsageError: nothing opened, or a context beyond the model's positions.
+    """
+    choices = opened(template, facts(model.config))
+    tokens = text_tokens(documents, tokenizer, sizes, "calibrate")
+    known_ropes = find_ropes(model)
+    moments = Moments(known_ropes)
+    say("dense pass", 0, 1)
+    bank = build(model, tokens, sizes.context, observe=moments.observe)
+    say("dense pass", 1, 1)
+    bench = Bench(model, bank, known_ropes)
+    tensors = {**moments.tensors(), **attention_mass(bank)}
+    cells = price_cells(choices)
+    began = time.perf_counter()
+    priced = prices.table(bench, _places(cells), prices.pulls(model, bank, seed), _stage(say, "pricing"))
+    seconds = {"price": time.perf_counter() - began}
+    tensors |= {"prices": priced[:, 0], "prices_by_head": priced[:, 1:]}
+    tensors["errors"] = _errors(bench, choices, say)
+    if exact:
+        began = time.perf_counter()
+        tensors["exact"] = prices.exact(bench, _places(cells), _stage(say, "exact"))
+        seconds["exact"] = time.perf_counter() - began
+    meta = {
+        "model": label(name),
+        "fingerprint": fingerprint(model),
+        "text": digest(documents),
+        "sizes": list(sizes),
+        "seed": seed,
+        "pre_rope": bool(known_ropes),
+        "seconds": seconds,
+    }
+    return Profile(tuple(cell for cell, _ in cells), {k: v.cpu().float() for k, v in tensors.items()}, meta)
+
+
+def find_ropes(model: Any) -> dict[int, Rope]:
+    """The model's rotary embeddings, or none where keys cannot be turned back."""
+    try:
+        return ropes(model)
+    except UnsupportedError:
+        return {}
+
+
+def price_cells(choices: dict[int, Opened]) -> list[tuple[Cell, Policy]]:
+    """All cells of the price table: every layer, side and setting."""
+    return [
+        (Cell(layer, side, setting(chain), own.sinks, own.recent), own.cell(side, chain))
+        for layer, own in choices.items()
+        for side in SIDES
+        for chain in own.chains(side)
+    ]
+
+
+def _places(cells: list[tuple[Cell, Policy]]) -> list[tuple[int, Policy]]:
+    return [(cell.layer, policy) for cell, policy in cells]
+
+
+def _stage(say: Say, stage: str) -> prices.Progress:
+    return lambda done, total: say(stage, done, total)
+
+
+def _errors(bench: Bench, choices: dict[int, Opened], say: Say) -> Tensor:
+    rows = []
+    for layer, own in choices.items():
+        rows.append(distortions(bench, layer, own))
+        say("errors", len(rows), len(choices))
+    return torch.stack(rows)
+
+
+def spearman(left: Tensor, right: Tensor) -> float:
+    """Rank correlation of two tables of one shape."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left.double().numpy(), right.double().numpy()).statistic)
+
+
+def missing_cells(profile: Profile, choices: dict[int, Opened]) -> list[tuple[Cell, Policy]]:
+    """The cells that a template opens and the profile has no price for."""
+    known = set(profile.cells)
+    return [pair for pair in price_cells(choices) if pair[0] not in known]
+
+
+def priced_further(
+    model: Any, bank: Bank, profile: Profile, missing: list[tuple[Cell, Policy]], seed: int, say: Say = quiet
+) -> Profile:
+    """Returns the profile with more cells priced on another bank (a template that calibrate did not know)."""
+    bench = Bench(model, bank, find_ropes(model))
+    more = prices.table(bench, _places(missing), prices.pulls(model, bank, seed), _stage(say, "pricing")).cpu().float()
+    tensors = {name: tensor for name, tensor in profile.tensors.items() if name != "exact"}
+    tensors["prices"] = torch.cat([tensors["prices"], more[:, 0]])
+    tensors["prices_by_head"] = torch.cat([tensors["prices_by_head"], more[:, 1:]])
+    return Profile((*profile.cells, *(cell for cell, _ in missing)), tensors, profile.meta)

@@ -1,0 +1,155 @@
+"""Prove: a recipe's quality on held-out text by real generation, with bootstrap confidence intervals."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from kvtune import recipe as recipes
+from kvtune.bank import Bank, Sizes, build, text_tokens
+from kvtune.cache import CompressedCache, Weight, load, weigh
+from kvtune.measure import Quality, compare
+from kvtune.models import facts
+from kvtune.recipe import Recipe
+from kvtune.texts import Document
+
+RESAMPLES = 2000
+
+
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Notes how far each step's logits are from the dense model's, and lets the held-out text go on."""
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+        self.steps: list[Quality] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Takes the logits [N, V] after input_ids [N, T]; returns logits that force the text's next token."""
+        step = input_ids.shape[1] - self._bank.context  # the prompt's own logits, at step 0, are dense by definition
+        if step > 0:
+            at = slice(step - 1, step)
+            self.steps.append(compare(self._bank.logp[:, at], scores[:, None], self._bank.targets[:, at]))
+        forced = torch.full_like(scores, float("-inf"))
+        return forced.scatter(1, self._bank.tokens[:, input_ids.shape[1], None], 0.0)
+
+
+@torch.no_grad()
+def by_generation(model: Any, cache: CompressedCache, bank: Bank, steps: int) -> Quality:
+    """Runs `model.generate` with the cache: prefills the bank's contexts, then `steps` tokens one by one.
+
+    Returns the quality at each of these positions [N, steps], against the same dense log-probabilities as a trial.
+    """
+    forced = Forced(bank)
+    config = GenerationConfig(max_new_tokens=steps + 1, do_sample=False, pad_token_id=0, use_cache=True)
+    prompt = bank.tokens[:, : bank.context]
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        logits_processor=[forced],
+        past_key_values=cache,
+    )
+    columns = zip(*((step.kl, step.flips, step.dnll) for step in forced.steps), strict=True)
+    return Quality(*(torch.cat(column, 1) for column in columns))
+
+
+def interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values [N, M]; whole sequences are resampled.
+
+    Positions of one sequence are correlated, so resampling them one by one would claim too much.
+    """
+    rows = values.double().mean(1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
+    means = rows[drawn].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured on held-out text, as it stands in a recipe."""
+
+    kl: float
+    kl_low: float
+    kl_high: float
+    flips: float
+    flips_low: float
+    flips_high: float
+    dnll: float
+    positions: int
+    context: int
+    bytes: int
+    bytes_context: int
+    batch: int
+    ratio: float
+    bits: float
+    payload_bits: float
+
+    @classmethod
+    def of(cls, quality: Quality, weight: Weight, context: int, bytes_context: int, batch: int) -> Proof:
+        """Sums up a quality and a weight."""
+        means = quality.means()
+        kl_low, kl_high = interval(quality.kl)
+        flips_low, flips_high = interval(quality.flips)
+        return cls(
+            means["kl"], kl_low, kl_high, means["flips"], flips_low, flips_high, means["dnll"],
+            quality.kl.numel(), context, weight.bytes, bytes_context, batch,
+            weight.ratio, weight.bits, weight.payload_bits,
+        )
+
+    def table(self) -> dict[str, Any]:
+        """Plain values, rounded to what they can mean."""
+        return {name: _rounded(value) for name, value in asdict(self).items()}
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device and versions, for evidence."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} {name}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def prove(
+    model: Any,
+    tokenizer: Any,
+    documents: list[Document],
+    recipe: Recipe | Path | str,
+    *,
+    sizes: Sizes,
+    steps: int,
+    bytes_context: int,
+    batch: int = 1,
+    force: bool = False,
+) -> Proof:
+    """Measures one recipe by generation on documents, `steps` tokens behind each of the contexts.
+
+    Raises:
+        IntegrityError: the recipe is of another model, unless forced.
+        MissingInputError: too little text.
+        UsageError: settings that do not fit the model, or a context beyond its positions.
+    """
+    cache = load(recipe, model, force)
+    tokens = text_tokens(documents, tokenizer, sizes._replace(continuation=steps), "proof")
+    bank = build(model, tokens, sizes.context)
+    quality = by_generation(model, cache, bank, steps)
+    known = facts(model.config)
+    policies = (recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))).policies(known)
+    weight = weigh(policies, known, bytes_context, batch)
+    return Proof.of(quality, weight, sizes.context, bytes_context, batch)

@@ -1,0 +1,77 @@
+"""A run folder: the profile, the study, the proved front and the chosen recipe, written so that a kill leaves no half."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvtune.errors import IntegrityError
+from kvtune.files import canonical_json, sha256_bytes, write_atomic
+
+PROFILE, STUDY, FRONT, CHOSEN, SUMMARY = "profile.safetensors", "study.db", "front", "chosen", "tune.json"
+
+
+def binding(**inputs: Any) -> str:
+    """Hash of everything that a result depends on."""
+    return sha256_bytes(canonical_json(inputs).encode())
+
+
+def write_summary(folder: Path, bound: str, summary: Mapping[str, Any]) -> None:
+    """Writes what a finished run found; the last file of a run."""
+    text = json.dumps({"binding": bound, **summary}, indent=1)
+    write_atomic(folder / SUMMARY, text.encode())
+
+
+def read_summary(folder: Path, bound: str) -> dict[str, Any] | None:
+    """Returns the summary of a finished run of the same inputs, if the recipes it names are all there."""
+    file = folder / SUMMARY
+    if not file.is_file():
+        return None
+    try:
+        held = json.loads(file.read_text())
+    except ValueError:
+        raise IntegrityError(f"{file} is damaged.", f"Delete {file} and run the command again.") from None
+    if held.get("binding") != bound:
+        return None
+    there = all((folder / point["file"]).is_file() for point in held["points"])
+    return dict(held) if there else None
+
+
+def clear_front(folder: Path) -> None:
+    """Removes an earlier front's recipes."""
+    for stale in (folder / FRONT).glob("*.toml"):
+        stale.unlink()
+
+
+def card(name: str, base_model: str, points: list[dict[str, Any]], chosen: int, command: str) -> str:
+    """The README of a shared recipe folder: a model card with the measured table."""
+    rows = "\n".join(
+        f"| {'**' if i == chosen else ''}{p['label']}{'**' if i == chosen else ''} | {p['bits']:.2f} | {p['ratio']:.2f}x "
+        f"| {p['kl']:.4f} ({p['kl_low']:.4f} to {p['kl_high']:.4f}) | {100 * p['flips']:.1f} % |"
+        for i, p in enumerate(points)
+    )
+    first = points[chosen]
+    return f"""---
+library_name: kvtune
+base_model: {base_model}
+tags: [kv-cache, kvtune]
+---
+# {name}
+
+A KV-cache recipe for {base_model}: {first["bits"]:.2f} true bits per cached value, {first["ratio"]:.2f} times smaller than
+the 16-bit cache at {first["bytes_context"]:,} tokens, KL {first["kl"]:.4f} nats on held-out text.
+
+    cache = kvtune.load("{name}", model)
+    model.generate(**inputs, past_key_values=cache)
+
+The front it was chosen from, measured by generation on {first["positions"]:,} held-out positions after contexts of
+{first["context"]:,} tokens (95 % bootstrap intervals over sequences):
+
+| recipe | true bits | smaller | KL, nats | flips |
+|---|---|---|---|---|
+{rows}
+
+Made by `{command}`.
+"""
