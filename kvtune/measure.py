@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
@@ -40,8 +41,8 @@ def compare(dense: Tensor, logits: Tensor, targets: Tensor) -> Quality:
 
 def _compare_row(dense: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logp = logits.float().log_softmax(-1)
-    kl = (dense.exp() * (dense - logp)).sum(-1)
-    flips = (dense.argmax(-1) != logp.argmax(-1)).float()
+    kl = kl_div(logp, dense, reduction="none", log_target=True).sum(-1)
+    flips = (dense.argmax(-1) != logits.argmax(-1)).float()
     dnll = (dense - logp).gather(-1, targets[:, None])[:, 0]
     return kl.cpu(), flips.cpu(), dnll.cpu()
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from kvtune.cache import weigh
 from kvtune.errors import UsageError, suggest
@@ -14,12 +14,13 @@ from kvtune.files import canonical_json, sha256_bytes, write_atomic
 from kvtune.measure import Bench
 from kvtune.models import Facts
 from kvtune.parts import Chain
-from kvtune.profile import Profile, setting
+from kvtune.profile import Profile
 from kvtune.recipe import Policy
 from kvtune.space import SIDES, Opened, Side
 from kvtune.study import Choice, Outcome, Row, Seeded, Space, run
 from kvtune.surrogate import Assignment, Surrogate
 
+T = TypeVar("T")
 OBJECTIVES = ("memory", "accuracy")
 STUDY = "kvtune"
 START = "start"
@@ -33,7 +34,8 @@ class Goal:
     objectives: tuple[str, ...] = OBJECTIVES
     context: int = 32768
     batch: int = 1
-    budgets: int = 14  # points of the surrogate front
+    budgets: int = 18  # points of the surrogate front
+    rivals: int = 8  # uniform recipes measured beside it
     clusters: int = 4  # per side
 
     @classmethod
@@ -114,7 +116,7 @@ class Search:
     def _layout(self, scales: Mapping[Side, float]) -> None:
         self.surrogate = Surrogate.of(self.choices, self.profile, self.known, self.goal.context, scales)
         self.clusters = self.surrogate.clusters(self.goal.clusters)
-        self.bases = {**self._fronts(), **self._uniforms(), **self._protected()}
+        self.bases = _distinct({**self._uniforms(), **self._protected(), **self._fronts()})
         still = dict.fromkeys(self.clusters, "same")
         moves = {name: tuple(STEPS) for name in self.clusters}
         self.space = Space({START: tuple(self.bases), **moves})
@@ -126,20 +128,22 @@ class Search:
 
     def _uniforms(self) -> dict[str, Assignment]:
         """Uniform recipes on their own predicted front: what a user would try by hand."""
-        predicted = [(*self.surrogate.predict(uniform), name) for name, uniform in uniforms(self.choices).items()]
-        kept, best = [], float("inf")
-        for _, kl, name in sorted(predicted):
+        every = uniforms(self.choices)
+        kept: list[str] = []
+        best = float("inf")
+        for _, kl, name in sorted((*self.surrogate.predict(uniform), name) for name, uniform in every.items()):
             if kl < best:
                 kept.append(name)
                 best = kl
-        return {name: uniforms(self.choices)[name] for name in kept}
+        return {name: every[name] for name in spread(kept, self.goal.rivals)}
 
     def _protected(self) -> dict[str, Assignment]:
-        """Uniform recipes with the first and last two layers at their dearest setting."""
+        """A middling uniform recipe with the first and last two layers at their dearest setting: the rule of thumb."""
+        named = list(self._uniforms().items())
         layers = sorted(self.choices)
         ends = {*layers[:2], *layers[-2:]}
         found = {}
-        for name, uniform in list(self._uniforms().items())[1:-1:3]:
+        for name, uniform in named[len(named) // 3 : len(named) // 3 + 1]:
             safe = {place: self.surrogate.ladders[place][-1].chain for place in uniform if place[0] in ends}
             found[f"ends protected, {name}"] = {**uniform, **safe}
         return found
@@ -212,12 +216,17 @@ def _cheap_chains(choices: Mapping[int, Opened], surrogate: Surrogate, side: Sid
     return list(dict.fromkeys((chains[0], chains[len(chains) // 3]))) if chains else []
 
 
-def memory_of(row: Row, goal: Goal) -> float:
-    """Bytes of a row."""
-    assert row.values is not None
-    return row.values[goal.objectives.index("memory")]
+def _distinct(bases: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """Each assignment once, under its first name."""
+    found: dict[str, Assignment] = {}
+    for name, chosen in bases.items():
+        if chosen not in found.values():
+            found[name] = chosen
+    return found
 
 
-def setting_names(chosen: Assignment) -> dict[str, Any]:
-    """A short, plain view of an assignment, for logs."""
-    return {f"{layer} {side}": setting(chain) for (layer, side), chain in chosen.items()}
+def spread(items: list[T], most: int) -> list[T]:
+    """An even choice of at most `most` items, both ends included."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kvtune import runs
 from kvtune.bank import Bank, Sizes, build, text_tokens
@@ -19,13 +19,12 @@ from kvtune.models import Facts, facts, fingerprint, label
 from kvtune.profile import Profile
 from kvtune.prove import Proof, by_generation, environment
 from kvtune.recipe import RECIPE_FILE, ModelBinding, Policy, Recipe, digest
-from kvtune.search import Goal, Search
+from kvtune.search import Goal, Search, spread
 from kvtune.space import opened, to_recipe
 from kvtune.study import Row, fresh, front
 from kvtune.texts import Document
 from kvtune.texts import digest as text_digest
 
-T = TypeVar("T")
 Say = Callable[[str, int, int], None]
 Texts = dict[str, list[Document]]
 
@@ -110,7 +109,7 @@ class Tuner:
         """
         bank = self._bank("proof")
         bench = Bench(self.model, bank, find_ropes(self.model))
-        candidates = _thinned([row for row in _with_uniforms(rows)], 3 * self.settings.points)
+        candidates = _candidates(rows, 2 * self.settings.points)
         measured = []
         for done, row in enumerate(candidates):
             policies = self._search.policies(row.choice)
@@ -118,7 +117,7 @@ class Tuner:
             measured.append((weight.bytes, bench.measure(policies).means()["kl"], row, policies))
             self.say("held-out text", done + 1, len(candidates))
         best = [m for m in measured if not any(o[0] <= m[0] and o[1] < m[1] for o in measured)]
-        chosen = _spread(sorted(best, key=lambda m: -m[0]), self.settings.points)
+        chosen = spread(sorted(best, key=lambda m: -m[0]), self.settings.points)
         uniform = [(size, kl) for size, kl, row, _ in measured if row.origin.startswith("uniform")]
         runs.clear_front(self.folder)
         points = []
@@ -213,21 +212,8 @@ def tune(tuner: Tuner, command: str = "kvtune tune") -> dict[str, Any]:
     return tuner.finish(points, command)
 
 
-def _with_uniforms(rows: list[Row]) -> list[Row]:
-    """The study's front, and the uniform recipes it is compared with."""
-    kept = front(rows)
-    return kept + [row for row in rows if row.origin.startswith("uniform") and row not in kept and row.values]
-
-
-def _thinned(rows: list[Row], most: int) -> list[Row]:
-    """All uniform recipes and an even choice of the others."""
-    uniform = [row for row in rows if row.origin.startswith("uniform")]
-    others = sorted((row for row in rows if row not in uniform), key=lambda row: row.attrs["bits"])
-    return uniform + _spread(others, max(2, most - len(uniform)))
-
-
-def _spread(items: list[T], most: int) -> list[T]:
-    """An even choice of at most `most` items, both ends included."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+def _candidates(rows: list[Row], most: int) -> list[Row]:
+    """The uniform recipes that were measured, and an even choice of the study's front."""
+    uniform = [row for row in rows if row.origin.startswith("uniform") and row.values]
+    others = sorted((row for row in front(rows) if row not in uniform), key=lambda row: row.attrs["bits"])
+    return uniform + spread(others, max(2, most - len(uniform)))

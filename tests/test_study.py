@@ -203,11 +203,11 @@ def test_what_is_missing_is_named(base: Path) -> None:
         small(base.parent / "nowhere" / "study.db", Counting(), 1)
 
 
-@pytest.mark.parametrize("name", ["with space.db", "100%.db", "{braces}.db"])
-def test_any_file_name_will_do_as_url_or_as_path(name: str, tmp_path: Path) -> None:
-    table = small(tmp_path / name, Counting(), 3)
-    assert (tmp_path / name).exists()
-    assert rows(str(tmp_path / name), "s") == table
+@pytest.mark.parametrize("file", ["with space.db", "100%.db", "{braces}.db"])
+def test_any_file_name_will_do_as_url_or_as_path(file: str, tmp_path: Path) -> None:
+    table = small(tmp_path / file, Counting(), 3)
+    assert (tmp_path / file).exists()
+    assert rows(str(tmp_path / file), "s") == table
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from types import ModuleType
 import optuna
 import pytest
 
-from kvtune.errors import IntegrityError, UsageError
+from kvtune.errors import IntegrityError, ResourceError, UsageError
 from kvtune.study import Choice, Outcome, Row, fresh, rows
+from kvtune.table import Evaluate
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("study_worker.py")
@@ -140,22 +141,36 @@ def test_a_trial_left_running_keeps_its_number_and_is_measured_again(base: Path)
     assert table[len(done)].attrs == {"try": 5.0}
 
 
+def killed_before_telling(base: Path, evaluate: Evaluate, patch: pytest.MonkeyPatch) -> None:
+    """Leaves a study whose first trial was measured, noted and not told."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with patch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(optuna.study.Study, "tell", killed)
+        small(base, evaluate, 2, seed=2)
+
+
 def test_a_trial_marked_infeasible_before_a_kill_stays_so(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_big(choice: Choice) -> Outcome:
         raise ResourceError("too big")
 
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(optuna.study.Study, "tell", killed)
-        small(base, too_big, 2)
+    killed_before_telling(base, too_big, monkeypatch)
     evaluate = Counting()
-    table = small(base, evaluate, 2, resume=True)
+    table = small(base, evaluate, 2, seed=2, resume=True)
     assert [row.state for row in table] == ["infeasible", "complete"]
     assert table[0].attrs == {"error": "too big"} and len(evaluate.calls) == 1
+
+
+def test_nothing_noted_before_a_kill_stays_in_a_row_measured_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_before_telling(base, lambda _: Outcome((1.0, 1.0), {"old": 1.0}), monkeypatch)
+    table = small(base, lambda _: Outcome((2.0, 2.0), {"new": 2.0}), 1, seed=2, resume=True)
+    assert table[0].attrs == {"new": 2.0} and table[0].values == (2.0, 2.0)
 
 
 def test_a_fault_of_the_evaluator_is_raised_and_its_trial_is_kept(base: Path) -> None:
@@ -182,6 +197,7 @@ def broken_files(base: Path) -> Iterator[tuple[str, Path]]:
     newer = Path(shutil.copy(base, base.with_name("newer.db")))
     with sqlite3.connect(newer) as other:
         other.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+        other.execute("DROP TABLE trial_heartbeats")
     other.close()
     yield "another version of Optuna", newer
     torn = Path(shutil.copy(base, base.with_name("torn.db")))
@@ -214,12 +230,14 @@ def test_a_study_that_kvtune_did_not_make_is_refused(base: Path) -> None:
 
 def test_a_second_writer_is_refused_while_the_first_lives(base: Path) -> None:
     with start("hold", base) as first:
-        assert first.stdout is not None
-        assert [first.stdout.readline().strip() for _ in range(2)] == ["ready", "held"]
-        with pytest.raises(UsageError, match=f"process {first.pid}"):
-            worker.search(str(base), TRIALS)
-        assert stored(base) == []
-        first.kill()
+        try:
+            assert first.stdout is not None
+            assert [first.stdout.readline().strip() for _ in range(2)] == ["ready", "held"]
+            with pytest.raises(UsageError, match=f"process {first.pid}"):
+                worker.search(str(base), TRIALS)
+            assert stored(base) == []
+        finally:
+            first.kill()
     assert len(worker.search(str(base), 3)) == 3
 
 

@@ -1,0 +1,83 @@
+"""The options that several verbs share, in bundles that a verb takes whole."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtune.cli import amounts
+
+Options = Callable[..., Any]
+_model: Options = partial(typer.Option, rich_help_panel="Model")
+_text: Options = partial(typer.Option, rich_help_panel="Text")
+_search: Options = partial(typer.Option, rich_help_panel="Search")
+_output: Options = partial(typer.Option, rich_help_panel="Output and errors")
+_tokens: Options = partial(_text, parser=amounts.tokens, metavar="TOKENS")
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a GGUF folder, or demo.")
+]
+Folder = Annotated[
+    Path | None,
+    _output("-o", "--output", help="The run folder; kvtune-MODEL when left out."),
+]
+DryRun = Annotated[
+    bool, _output("--dry-run", help="Say what would run, how long, and what is downloaded.")
+]
+Force = Annotated[bool, _model("--force", help="Apply another model's recipe all the same.")]
+Seed = Annotated[int, _search("--seed", help="Of everything that is drawn.")]
+Time = Annotated[
+    float | None,
+    _search("--time", parser=amounts.duration, metavar="TIME", help="Search no longer: 90s, 10m."),
+]
+Trials = Annotated[int, _search("--trials", min=1, help="Recipes that the search measures.")]
+MaxKl = Annotated[
+    float, _search("--max-kl", min=0, help="The chosen recipe is the smallest within, in nats.")
+]
+Continuation = Annotated[
+    int, _tokens("--continuation", help="Tokens measured behind each context.")
+]
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How a verb speaks; every verb has these."""
+
+    json: Annotated[bool, _output("--json", help="Print one JSON object.")] = False
+    quiet: Annotated[bool, _output("-q", "--quiet", help="Show no progress.")] = False
+    verbose: Annotated[bool, _output("-v", "--verbose", help="Show the libraries' logs.")] = False
+    debug: Annotated[bool, _output("--debug", help="Show the traceback of an error.")] = False
+
+
+@dataclass(frozen=True)
+class Where:
+    """How a model is loaded."""
+
+    device: Annotated[str, _model(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[str, _model(help="auto, float32, bfloat16 or float16.")] = "auto"
+    offline: Annotated[bool, _model("--offline", help="Never ask the network.")] = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """What text is measured on, and how much of it."""
+
+    data: Annotated[
+        str, _text(metavar="TEXT", help="builtin, text or JSONL files, or hf:NAME[:SPLIT][:FIELD].")
+    ] = "builtin"
+    sequences: Annotated[int, _text(min=1, help="Sequences cut out of the text.")] = 8
+    context: Annotated[int, _tokens(help="Tokens of each that are cached.")] = 512
+
+
+@dataclass(frozen=True)
+class Count:
+    """The cache whose bytes are counted."""
+
+    bytes_at: Annotated[
+        int | None,
+        _tokens(help="Context length at which bytes are counted; 32k, or the model's own."),
+    ] = None
+    batch: Annotated[int, _text(min=1, help="Sequences in the cache whose bytes count.")] = 1

@@ -1,0 +1,288 @@
+"""Tiny random models by name, recipes by name, and the pairs of both that laws are parametrized over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from kvtune import recipe as recipes
+from kvtune.cache import load
+from kvtune.errors import UsageError
+from kvtune.models import facts, load_model
+from kvtune.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+BASE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.25,  # large enough that attention is far from uniform
+}
+# model type, and what it has that the others have not
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 4, "head_dim": 64}),
+    "yi": ("llama", {"num_attention_heads": 7, "num_key_value_heads": 1, "rope_theta": 5e6}),
+    "mistral": ("mistral", {"sliding_window": None, "num_attention_heads": 6}),
+    "mistral-sliding": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {"head_dim": 32}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "phi3": ("phi3", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            "layer_types": [SLIDING, FULL],
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, SLIDING, FULL],
+            "num_key_value_heads": 1,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "glm4": ("glm4", {"partial_rotary_factor": 0.5}),
+}
+COMPRESSIBLE = tuple(name for name in MODELS if name != "mistral-sliding")
+
+
+def entry(
+    keys: str = "", values: str = "", sinks: int = 0, recent: int = 0, span: str = "all"
+) -> str:
+    """Returns the TOML of one layer entry; `keys` and `values` are tables without braces."""
+    lists = [", ".join(f"{{ {table} }}" for table in side.split(" > ") if table) for side in (keys, values)]
+    return (
+        f'[[layers]]\nspan = "{span}"\nsinks = {sinks}\nrecent = {recent}\n'
+        f"kept.keys = [{lists[0]}]\nkept.values = [{lists[1]}]\n"
+    )
+
+
+def channel(bits: int, group: int = 32) -> str:
+    """Affine quantisation per channel."""
+    return f'use = "affine", bits = {bits}, group = {group}, axis = "channel"'
+
+
+def token(bits: int) -> str:
+    """Affine quantisation per token, a head in one group."""
+    return f'use = "affine", bits = {bits}, group = "head", axis = "token"'
+
+
+DEROPE = 'use = "derope"'
+MADE = {
+    "k8v8": entry(channel(8), token(8), recent=7),
+    "k4v2-windowed": entry(channel(4), token(2), sinks=3, recent=64),
+    "k2v4-bare": entry(token(2), token(4)),
+    "k3-only": entry(channel(3), sinks=3),
+    "v3-only": entry(values=token(3), recent=7),
+    "v2-per-channel": entry(channel(4, 64), channel(2)),
+    "derope": entry(DEROPE, sinks=3, recent=7),
+    "derope-k4": entry(f"{DEROPE} > {channel(4)}", token(4), recent=7),
+    "layers-apart": entry(channel(2), token(8), recent=7, span="last 1")
+    + entry(DEROPE, token(3), sinks=3, span="rest"),
+    "first-dense": entry(span="first 1") + entry(token(4), token(4), recent=3, span="rest"),
+}
+
+
+def _shipped() -> dict[str, Path]:
+    folder = ROOT / "recipes"
+    found = [*folder.glob("*.toml"), *folder.glob("*/recipe.toml")]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+SHIPPED = _shipped()
+RUNNABLE = {name: path for name, path in SHIPPED.items() if not recipes.load(path).is_open()}
+
+
+def made(name: str) -> Recipe:
+    """Returns the recipe of a name in MADE."""
+    return recipes.loads(f"kvtune = 1\n{MADE[name]}", name)
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    """Returns the config of a tiny model."""
+    kind, own = MODELS[name]
+    return CONFIG_MAPPING[kind](**{**BASE, **own, **changes})
+
+
+@cache
+def tiny(name: str) -> Any:
+    """Returns the tiny model of a name, float64, random but always the same."""
+    return build(config_of(name))
+
+
+def build(config: Any, seed: int = 0) -> Any:
+    """Returns a random float64 model; biases, if there are any, are large."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).double()
+    for label, weight in model.named_parameters():
+        if label.endswith("proj.bias"):
+            torch.nn.init.normal_(weight, std=20.0 if "k_proj" in label else 2.0)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def bearer(recipe_name: str) -> Any:
+    """Returns a tiny Llama that a shipped recipe fits: its own shape, or the smallest that will do."""
+    recipe = recipes.load(RUNNABLE[recipe_name])
+    bound = recipe.model
+    shapes = (
+        [(bound.layers, bound.kv_heads, bound.head_dim)]
+        if bound
+        else [(layers, 2, dim) for dim in (64, 128, 256) for layers in (4, 12, 32, 64)]
+    )
+    for layers, kv_heads, dim in shapes:
+        config = config_of(
+            "llama",
+            num_hidden_layers=layers,
+            num_key_value_heads=kv_heads,
+            num_attention_heads=2 * kv_heads,
+            head_dim=dim,
+        )
+        try:
+            recipe.policies(facts(config))
+        except UsageError:
+            continue
+        return build(config)
+    raise AssertionError(f"{recipe_name} fits no tiny model")
+
+
+def cases() -> Iterator[Any]:
+    """Yields every tiny model with every recipe made here, and every shipped recipe with its bearer."""
+    for name in COMPRESSIBLE:
+        for recipe_name in MADE:
+            yield pytest.param((name, recipe_name), id=f"{name}-{recipe_name}")
+    for recipe_name in RUNNABLE:
+        yield pytest.param(("", recipe_name), id=recipe_name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Spreads `case` over models with recipes, `name` over models, `recipe_name` over recipes."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(cases()), indirect=True)
+    given = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
+    for argument, found in (("name", MODELS), ("recipe_name", MADE)):
+        if argument in metafunc.fixturenames and argument not in given:
+            metafunc.parametrize(argument, list(found))
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """A model, and what makes its empty compressed cache."""
+    name, recipe_name = request.param
+    if name:
+        model, recipe = tiny(name), made(recipe_name)
+        yield from _guarded(model, lambda: load(recipe, model))
+    else:
+        model = bearer(recipe_name)
+        yield from _guarded(model, lambda: load(RUNNABLE[recipe_name], model, force=True))
+
+
+def _guarded(model: Any, make: Callable[[], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    own = model.config._attn_implementation
+    yield model, make
+    model.set_attn_implementation(own)
+
+
+@pytest.fixture
+def model(name: str) -> Iterator[Any]:
+    """The tiny model of the test's `name`; its attention is put back afterwards."""
+    found = tiny(name)
+    own = found.config._attn_implementation
+    yield found
+    found.set_attn_implementation(own)
+
+
+@pytest.fixture
+def llama() -> Iterator[Any]:
+    """A tiny Llama: 4 layers, 4 query heads, 2 kv heads of 64 channels."""
+    found = tiny("llama")
+    own = found.config._attn_implementation
+    yield found
+    found.set_attn_implementation(own)
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[..., Any]:
+    """Makes a tiny model of a name with changes to its config, and a seed."""
+    return lambda name, seed=0, **changes: build(config_of(name, **changes), seed)
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[[str], Recipe]:
+    """Returns the recipe of a name in the list made here."""
+    return made
+
+
+@pytest.fixture(scope="session")
+def written() -> Callable[..., Recipe]:
+    """Makes a recipe of one entry: keys, values, sinks, recent, span."""
+    return lambda **parts: recipes.loads(f"kvtune = 1\n{entry(**parts)}")
+
+
+@pytest.fixture(scope="session")
+def shipped() -> dict[str, Path]:
+    """Every recipe and template in recipes/, by its path there."""
+    return SHIPPED
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[Any, Any]:
+    """The demo model and its tokenizer; the first call of all fetches it."""
+    return load_model("demo")
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Tensor]:
+    """Draws random tokens [batch, count] that hold no padding."""
+
+    def tokens(batch: int, count: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, BASE["vocab_size"], (batch, count), generator=generator)
+
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def play() -> Callable[..., Tensor]:
+    """Runs tokens through a model and a cache in chunks of the given sizes; returns all logits."""
+
+    @torch.no_grad()
+    def run(
+        model: Any, cache: Any, tokens: Tensor, sizes: Sequence[int], mask: Tensor | None = None
+    ) -> Tensor:
+        logits, end, first = [], 0, cache.get_seq_length()
+        for size in sizes:
+            start, end = end, min(end + size, tokens.shape[1])
+            given: dict[str, Tensor] = {}
+            if mask is not None:
+                whole = mask[:, : first + end]
+                places = (whole.cumsum(-1) - 1).clamp_min(0)[:, first + start :]
+                given = {"attention_mask": whole, "position_ids": places}
+            logits.append(model(tokens[:, start:end], past_key_values=cache, **given).logits)
+        assert end == tokens.shape[1]
+        return torch.cat(logits, 1)
+
+    return run

@@ -1,0 +1,247 @@
+"""Laws of kvtune/cache.py: what is read depends on positions alone, and what is stored stays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvtune import parts
+from kvtune.attention import NAME
+from kvtune.cache import load
+from kvtune.layer import CompressedLayer
+from kvtune.parts import Code, Codec, Site
+
+PROMPT, MORE = 43, 58
+WHOLE, STEPS = [MORE], [1] * MORE
+# float64 with float32 dequantisation of equal codes: what remains is the order of sums
+TIGHT = {"atol": 1e-9, "rtol": 1e-9}
+
+
+def layers(cache: Any) -> list[CompressedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+
+
+def stored(layer: CompressedLayer) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor of the pages of a layer, with its name."""
+    for number, (_, _, rows) in enumerate(layer.groups):
+        for side, pages in (("keys", rows.keys), ("values", rows.values)):
+            if pages._body is None:
+                continue
+            held = [pages._body, *(grown for more in pages._sides for grown in more)]
+            for index, grown in enumerate(held):
+                yield f"{number}.{side}.{index}", grown.tensor
+
+
+def snapshot(cache: Any) -> dict[tuple[int, str], Tensor]:
+    return {
+        (index, name): tensor.clone()
+        for index, layer in enumerate(layers(cache))
+        for name, tensor in stored(layer)
+    }
+
+
+def codecs() -> list[type[Codec]]:
+    found = [parts.find(name) for name in parts.names()]
+    return [kind for kind in found if issubclass(kind, Codec)]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, str, str, int]]:
+    """Counts how often each (layer, side, codec, position) is encoded."""
+    seen: Counter[tuple[int, str, str, int]] = Counter()
+
+    def counting(own: Callable[..., Code]) -> Callable[..., Code]:
+        def encode(self: Codec, x: Tensor, site: Site) -> Code:
+            assert x.shape[2] == len(site.positions)
+            for position in site.positions.tolist():
+                seen[site.layer, site.side, self.name(), position] += 1
+            return own(self, x, site)
+
+        return encode
+
+    for kind in codecs():
+        monkeypatch.setattr(kind, "encode", counting(kind.encode))
+    return seen
+
+
+def test_any_split_into_chunks_equals_step_by_step(
+    case: Any, play: Callable[..., Tensor], draw: Callable[..., Tensor]
+) -> None:
+    model, make = case
+    tokens = draw(2, PROMPT + MORE)
+    expected = play(model, make(), tokens, [PROMPT, *STEPS])
+    assert expected.isfinite().all()
+    for sizes in (WHOLE, [3] * MORE, [7] * MORE, [1, 30, 2, MORE]):
+        torch.testing.assert_close(play(model, make(), tokens, _to(MORE, sizes)), expected, **TIGHT)
+
+
+def _to(total: int, sizes: list[int]) -> list[int]:
+    """Returns the prompt and chunks of these sizes, as many as the tokens need."""
+    used, left = [PROMPT], total
+    for size in sizes:
+        if left > 0:
+            used.append(min(size, left))
+            left -= size
+    return used
+
+
+@pytest.mark.parametrize("recipe_name", ["k4v2-windowed", "k2v4-bare", "derope-k4"])
+@pytest.mark.parametrize("prompt", [1, 2, 3, 5])
+def test_a_prompt_shorter_than_sinks_and_window_is_no_exception(
+    llama: Any, prompt: int, recipe_name: str, recipe_of: Any, play: Any, draw: Any
+) -> None:
+    recipe, tokens = recipe_of(recipe_name), draw(1, prompt + 90)
+    expected = play(llama, load(recipe, llama), tokens, [prompt, *[1] * 90])
+    for sizes in ([prompt, 90], [prompt, 2, 80, 8]):
+        found = play(llama, load(recipe, llama), tokens, sizes)
+        torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_compression_is_felt_where_it_is_drastic(
+    llama: Any, recipe_of: Any, play: Any, draw: Any
+) -> None:
+    """Else the laws of this file would hold for a cache that compresses nothing."""
+    tokens = draw(1, PROMPT + MORE)
+    dense = play(llama, DynamicCache(config=llama.config), tokens, [PROMPT, *STEPS])
+    for name, least, most in (("k2v4-bare", 0.1, 9e9), ("k8v8", 1e-6, 0.3)):
+        found = play(llama, load(recipe_of(name), llama), tokens, [PROMPT, *STEPS])
+        error = (found - dense)[:, PROMPT:].abs().max().item()
+        assert least < error < most, name
+
+
+def test_a_prompt_sees_itself_exactly(case: Any, play: Any, draw: Any) -> None:
+    model, make = case
+    tokens = draw(2, PROMPT)
+    dense = play(model, DynamicCache(config=model.config), tokens, [PROMPT])
+    torch.testing.assert_close(play(model, make(), tokens, [PROMPT]), dense, **TIGHT)
+
+
+def test_a_plain_cache_is_answered_as_without_kvtune(
+    name: str, model: Any, play: Any, draw: Any
+) -> None:
+    tokens, sizes = draw(2, PROMPT + MORE), [PROMPT, 1, 1, 7, MORE - 9]
+    model.set_attn_implementation("eager")
+    expected = play(model, DynamicCache(config=model.config), tokens, sizes)
+    model.set_attn_implementation(NAME)
+    found = play(model, DynamicCache(config=model.config), tokens, sizes)
+    # gemma's eager attention takes its softmax in float32
+    close = {"atol": 1e-4, "rtol": 1e-4} if "softmax" else TIGHT
+    torch.testing.assert_close(found, expected, **close)
+
+
+def test_derope_alone_is_dense(name: str, model: Any, written: Any, play: Any, draw: Any) -> None:
+    recipe = written(keys='use = "derope"', sinks=2, recent=5)
+    tokens, sizes = draw(2, PROMPT + MORE), [PROMPT, *STEPS]
+    found = play(model, load(recipe, model), tokens, sizes)
+    dense = play(model, DynamicCache(config=model.config), tokens, sizes)
+    torch.testing.assert_close(found, dense, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda scaling: str(scaling["rope_type"]),
+)
+def test_derope_alone_is_dense_under_scaled_frequencies(
+    scaling: dict[str, Any], model_of: Any, written: Any, play: Any, draw: Any
+) -> None:
+    model = model_of("llama", rope_parameters={"rope_theta": 1e4, **scaling})
+    recipe = written(keys='use = "derope"')
+    tokens, sizes = draw(1, PROMPT + MORE), [PROMPT, *STEPS]
+    found = play(model, load(recipe, model), tokens, sizes)
+    dense = play(model, DynamicCache(config=model.config), tokens, sizes)
+    torch.testing.assert_close(found, dense, **TIGHT)
+
+
+def test_a_page_never_changes_once_it_is_written(case: Any, play: Any, draw: Any) -> None:
+    model, make = case
+    cache, tokens = make(), draw(2, 160)
+    play(model, cache, tokens[:, :70], [70])
+    before = snapshot(cache)
+    for start, end in ((70, 71), (71, 90), (90, 160)):
+        play(model, cache, tokens[:, start:end], [end - start])
+        after = snapshot(cache)
+        for key, page in before.items():
+            assert torch.equal(after[key][:, :, : page.shape[2]], page), key
+        before = after
+    assert before
+    assert all(page.shape[2] > 0 for page in before.values())
+
+
+def test_each_token_is_encoded_once_at_its_true_index(
+    case: Any, play: Any, draw: Any, encoded: Counter[tuple[int, str, str, int]]
+) -> None:
+    model, make = case
+    cache, tokens = make(), draw(1, 131)
+    play(model, cache, tokens, [40, 1, 1, 30, 1, 58])
+    assert set(encoded.values()) == {1}
+    expected = set()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, CompressedLayer):
+            policy = layer.policy
+            stored = range(policy.sinks, policy.sinks + policy.due(131))
+            for side in ("keys", "values"):
+                for codec in getattr(policy, side).codecs:
+                    expected |= {(index, side, codec.name(), position) for position in stored}
+    assert set(encoded) == expected
+
+
+def test_a_forked_layer_lives_its_own_life(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+    recipe, tokens = recipe_of("k4v2-windowed"), draw(1, 240)
+    whole, trunk = load(recipe, llama), load(recipe, llama)
+    play(llama, trunk, tokens[:, :120], [120])
+    play(llama, whole, tokens[:, :120], [120])
+    branch = trunk.fresh()
+    branch.layers = [layer.fork() for layer in trunk.layers]
+    held = snapshot(trunk)
+    other = play(llama, branch, draw(1, 120, seed=5), [60, 60])
+    assert all(torch.equal(page, held[key]) for key, page in snapshot(trunk).items())
+    found = play(llama, trunk, tokens[:, 120:], [1] * 120)
+    torch.testing.assert_close(found, play(llama, whole, tokens[:, 120:], [1] * 120), **TIGHT)
+    assert not torch.allclose(other, found)
+
+
+def test_a_filled_layer_is_what_a_prompt_leaves(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+    recipe, tokens = recipe_of("derope-k4"), draw(2, 150)
+    asked, filled = load(recipe, llama), load(recipe, llama)
+    dense = DynamicCache(config=llama.config)
+    play(llama, asked, tokens[:, :100], [100])
+    play(llama, dense, tokens[:, :100], [100])
+    for layer, held in zip(filled.layers, dense.layers, strict=True):
+        layer.fill(held.keys, held.values)
+    rest = tokens[:, 100:]
+    torch.testing.assert_close(
+        play(llama, filled, rest, [50]), play(llama, asked, rest, [50]), **TIGHT
+    )
+    assert filled.nbytes == asked.nbytes
+    filled.batch_select_indices(torch.tensor([1, 0]))
+    asked.batch_select_indices(torch.tensor([1, 0]))
+    last = draw(2, 3)
+    torch.testing.assert_close(play(llama, filled, last, [3]), play(llama, asked, last, [3]), **TIGHT)
+
+
+def test_a_reset_cache_is_as_new(case: Any, play: Any, draw: Any) -> None:
+    model, make = case
+    cache, tokens = make(), draw(2, 90)
+    expected = play(model, cache, tokens, [50, 1, 39])
+    play(model, cache, draw(2, 20, seed=3), [20])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(play(model, cache, tokens, [50, 1, 39]), expected, **TIGHT)
+    torch.testing.assert_close(play(model, cache.fresh(), tokens, [50, 1, 39]), expected, **TIGHT)
