@@ -16,12 +16,11 @@ _HOMES = {
     "calibrate": "calibrate",
     "Goal": "search",
     "Search": "search",
-    "prove": "prove",
     "Settings": "tune",
     "Tuner": "tune",
     "tune": "tune",
 }
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - the table above is the one list
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""The attention and mask functions registered as "kvtune": where a model's attention meets a compressed layer."""
+"""The attention and mask functions registered as "kvtune":
+where a model's attention meets a compressed layer."""
 
 from typing import Any, NoReturn, Protocol
 
@@ -17,21 +18,26 @@ NAME = "kvtune"
 class Reader(Protocol):
     """A cache layer that answers queries itself."""
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
         """Attends with query [B, Hq, M, D] over all that the layer holds; returns [B, Hq, M, D]."""
         ...
 
 
 class Reading:
-    """What a layer's `update` returns in place of keys and of values: a handle that our attention reads from."""
+    """What a layer's `update` returns in place of keys and of
+    values: a handle that our attention reads from."""
 
     def __init__(self, layer: Reader) -> None:
         self.layer = layer
 
     def __getattr__(self, name: str) -> NoReturn:
         raise UnsupportedError(
-            f"The model's attention uses the cached keys itself (.{name}), so it cannot work on compressed layers.",
-            'Set model.set_attn_implementation("kvtune"); if that is set, the architecture is not supported.',
+            f"The model's attention reads the cached keys itself (.{name}); compressed layers "
+            "cannot serve it.",
+            'Set model.set_attn_implementation("kvtune"); where it is set, the architecture is '
+            "not supported.",
         )
 
 
@@ -46,9 +52,11 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Answers query [B, Hq, M, D] with [B, M, Hq, D], from a compressed layer or from dense keys and values.
+    """Answers query [B, Hq, M, D] with [B, M, Hq, D], from a
+    compressed layer or from dense keys and values.
 
-    Dense tensors go to transformers' own sdpa, so that a plain cache gives exactly what it gives without kvtune.
+    Dense tensors go to transformers' own sdpa, so that a plain cache gives exactly what it gives
+    without kvtune.
 
     Raises:
         UnsupportedError: learned attention sinks or position biases on a compressed layer.
@@ -68,7 +76,12 @@ def attention(
 
 
 def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
 ) -> Tensor:
     """Dense attention with capped logits (Gemma 2), which sdpa lacks."""
     if mask is None and query.shape[2] > 1:

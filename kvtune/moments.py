@@ -12,10 +12,11 @@ from kvtune.rope import Rope
 
 
 class Moments:
-    """Sums of x and of x x^T per layer and kv head, in float64: of pre-RoPE keys and queries, and of values.
+    """Sums of x and of x x^T per layer and kv head, in float64:
+    of pre-RoPE keys and queries, and of values.
 
-    Query heads are summed over the kv head that they share. Without a rope (None) keys and queries are taken as they
-    are cached.
+    Query heads are summed over the kv head that they share. Without a rope (None) keys and queries
+    are taken as they are cached.
     """
 
     def __init__(self, ropes: dict[int, Rope]) -> None:
@@ -24,7 +25,8 @@ class Moments:
         self._counts: dict[tuple[str, int], int] = defaultdict(int)
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Adds one context: query [B, Hq, T, D], keys and values [B, H, T, D] from position 0 on."""
+        """Adds one context: query [B, Hq, T, D], keys and values
+        [B, H, T, D] from position 0 on."""
         positions = torch.arange(keys.shape[2], device=keys.device)
         if rope := self._ropes.get(layer):
             query, keys = rope.unturn(query, positions), rope.unturn(keys, positions)
@@ -40,7 +42,8 @@ class Moments:
         held[1] += second
 
     def tensors(self) -> dict[str, Tensor]:
-        """`moments.SIDE` [L, H, D, D] and `means.SIDE` [L, H, D] in fp32, layers in ascending order."""
+        """`moments.SIDE` [L, H, D, D] and `means.SIDE` [L, H, D] in
+        fp32, layers in ascending order."""
         found: dict[str, Tensor] = {}
         for side in ("keys", "values", "queries"):
             places = sorted(place for place in self._sums if place[0] == side)
@@ -54,8 +57,9 @@ class Moments:
 def attention_mass(bank: Bank, sinks: int = 4, recent: int = 64) -> dict[str, Tensor]:
     """Where the last queries of each context look, per layer and query head [L, Hq].
 
-    `mass.sinks` and `mass.recent` are the shares of attention on the first and last tokens, `mass.entropy` is in nats,
-    `mass.coverage90` is the share of tokens that hold 90 % of the attention.
+    `mass.sinks` and `mass.recent` are the shares of attention on the first and last tokens,
+    `mass.entropy` is in nats, `mass.coverage90` is the share of tokens that hold 90 % of the
+    attention.
     """
     rows = []
     for layer in bank.facts.compressible():
@@ -77,9 +81,13 @@ def attention_mass(bank: Bank, sinks: int = 4, recent: int = 64) -> dict[str, Te
 
 
 def probabilities(query: Tensor, keys: Tensor) -> Tensor:
-    """Attention [N, Hq, W, T] of the last W queries [N, Hq, W, D] of a context on its keys [N, H, T, D]."""
+    """Attention [N, Hq, W, T] of the last W queries [N, Hq, W,
+    D] of a context on its keys [N, H, T, D]."""
     count, length = query.shape[2], keys.shape[2]
     grouped = query.unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("nhgwd,nhtd->nhgwt", grouped, keys).float() * query.shape[-1] ** -0.5
-    hidden = torch.ones(count, length, dtype=torch.bool, device=keys.device).triu(length - count + 1)
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1).flatten(1, 2)
+    hidden = torch.ones(count, length, dtype=torch.bool, device=keys.device).triu(
+        length - count + 1
+    )
+    attention: Tensor = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    return attention.flatten(1, 2)

@@ -1,4 +1,5 @@
-"""Pages: the append-only packed store of one side (keys or values) of one layer, and its dense neighbours."""
+"""Pages: the append-only packed store of one side (keys or
+values) of one layer, and its dense neighbours."""
 
 from __future__ import annotations
 
@@ -89,7 +90,9 @@ class Pages:
             return None
         body = self._body.tensor
         sides = tuple(tuple(grown.tensor for grown in side) for side in self._sides)
-        return self.chain.decode(Encoded(body, sides), self._site(self._start, self.tokens, body.device, dtype))
+        return self.chain.decode(
+            Encoded(body, sides), self._site(self._start, self.tokens, body.device, dtype)
+        )
 
     def fork(self) -> Pages:
         """A copy-on-write twin."""

@@ -1,4 +1,5 @@
-"""Parts: the mechanisms that recipes are made of, their kinds, their marks, and how they are found by file name."""
+"""Parts: the mechanisms that recipes are made of, their
+kinds, their marks, and how they are found by file name."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
@@ -39,10 +46,14 @@ class OneOf(NamedTuple):
             raise ValueError(f"{value!r} is not one of {', '.join(map(repr, self.choices))}")
         return value
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.validate, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"enum": list(self.choices)}
 
 
@@ -60,14 +71,25 @@ class Between(NamedTuple):
     def validate(self, value: int) -> int:
         """Returns the value, or raises ValueError."""
         if value not in range(self.low, self.high + 1, self.step):
-            raise ValueError(f"{value} is not between {self.low} and {self.high} in steps of {self.step}")
+            raise ValueError(
+                f"{value} is not between {self.low} and {self.high} in steps of {self.step}"
+            )
         return value
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.validate, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "integer", "minimum": self.low, "maximum": self.high, "multipleOf": self.step}
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {
+            "type": "integer",
+            "minimum": self.low,
+            "maximum": self.high,
+            "multipleOf": self.step,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +101,17 @@ class Site:
     positions: Tensor  # [T], the true index of each token
     dtype: torch.dtype
     rope: Rope | None = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # this part's tensors of the artifact
+    tensors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # this part's tensors of the artifact
 
 
 class Code(NamedTuple):
-    """What a codec stores: a body [B, H, T', *] that the next codec of a chain may encode further, and its metadata.
+    """What a codec stores: a body [B, H, T', *] that the next
+    codec of a chain may encode further, and its metadata.
 
-    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by concatenation.
+    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by
+    concatenation.
     """
 
     body: Tensor
@@ -159,7 +185,8 @@ class Selector(Part):
 
     @abstractmethod
     def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """Returns scores [B, H, T] in fp32 of keys and values [B, H, T, D], larger = keep; queries [B, Hq, W, D]."""
+        """Returns scores [B, H, T] in fp32 of keys and values [B,
+        H, T, D], larger = keep; queries [B, Hq, W, D]."""
 
 
 class Merger(Part):
@@ -169,7 +196,8 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, won: Tensor, lost: Tensor) -> Tensor:
-        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in; without losers it is the identity."""
+        """Returns won [B, H, T, D] with lost [B, H, L, D] folded
+        in; without losers it is the identity."""
 
 
 class Sharer(Part):
@@ -193,7 +221,8 @@ class Retriever(Part):
 
     @abstractmethod
     def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
-        """Returns unit indices [B, H, U] to fetch for queries [B, Hq, M, D] and unit digests [B, H, N, *]."""
+        """Returns unit indices [B, H, U] to fetch for queries [B,
+        Hq, M, D] and unit digests [B, H, N, *]."""
 
 
 class Encoded(NamedTuple):
@@ -205,7 +234,8 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Codecs applied left to right; decoding runs right to left. The empty chain stores 16-bit values as they are."""
+    """Codecs applied left to right; decoding runs right to
+    left. The empty chain stores 16-bit values as they are."""
 
     codecs: tuple[Codec, ...] = ()
 
@@ -245,7 +275,10 @@ class Chain:
             codec.check(head_dim, side)
             if isinstance(codec, Quantizer) and index < len(self.codecs) - 1:
                 after = self.codecs[index + 1].name()
-                raise ValueError(f"{codec.name()} packs bytes, so {after} cannot follow it: put {codec.name()} last")
+                raise ValueError(
+                    f"{codec.name()} packs bytes, so {after} cannot follow it: "
+                    f"put {codec.name()} last"
+                )
 
     def tables(self) -> list[Table]:
         """The TOML tables of the codecs."""
@@ -265,7 +298,8 @@ def find(name: str) -> type[Part]:
     """Returns the part that the file `methods/<name>.py` defines.
 
     Raises:
-        UsageError: no such file. Only names of existing files resolve, since recipes come from strangers.
+        UsageError: no such file. Only names of existing files resolve, since recipes come from
+        strangers.
     """
     known = names()
     if name not in known:
@@ -274,7 +308,9 @@ def find(name: str) -> type[Part]:
     parts = [
         thing
         for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Part) and thing.__module__ == module.__name__
+        if isinstance(thing, type)
+        and issubclass(thing, Part)
+        and thing.__module__ == module.__name__
     ]
     if len(parts) != 1:
         raise UsageError(f"methods/{name}.py defines {len(parts)} parts instead of one.")
@@ -309,7 +345,8 @@ def choices(table: Mapping[str, Any]) -> Iterator[Part]:
 
 
 def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
-    """All values that a setting's mark (OneOf, Between, or a Literal type) allows; ValueError without one."""
+    """All values that a setting's mark (OneOf, Between, or a
+    Literal type) allows; ValueError without one."""
     field = cls.model_fields.get(name)
     if field is None:
         raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
@@ -324,7 +361,7 @@ def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
 def _class_of(settings: dict[str, Any]) -> type[Part]:
     name = settings.pop("use", None)
     if not isinstance(name, str):
-        raise ValueError(f"a part needs `use = \"METHOD\"`, got {name!r}")
+        raise ValueError(f'a part needs `use = "METHOD"`, got {name!r}')
     try:
         return find(name)
     except UsageError as error:

@@ -22,9 +22,11 @@ Progress = Callable[[int, int], None]  # done, total
 
 @dataclass(frozen=True, eq=False)
 class Pull:
-    """What one layer's attention did on the continuation, and how the likelihood pulls at its output.
+    """What one layer's attention did on the continuation, and
+    how the likelihood pulls at its output.
 
-    query, out and gradient are [N, Hq, M, D]; keys and values [N, H, M, D] are the continuation's own.
+    query, out and gradient are [N, Hq, M, D]; keys and values [N, H, M, D] are the continuation's
+    own.
     """
 
     query: Tensor
@@ -36,16 +38,20 @@ class Pull:
     softcap: float | None
 
 
-class Probe(DynamicLayer):  # type: ignore[misc]
+class Probe(DynamicLayer):
     """A dense layer whose attention output can be differentiated."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Reading, Reading]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Reading, Reading]:
         """Stores densely; keeps the new keys and values apart."""
         self.new = (key_states.detach(), value_states.detach())
         super().update(key_states, value_states)
         return Reading(self), Reading(self)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
         """Answers query [B, Hq, n, D] exactly, plus a zero whose gradient is asked for later."""
         seen = causal(query.shape[2], self.keys.shape[2], query.device)
         out = attend(query, self.keys, self.values, seen, scale, softcap)
@@ -55,10 +61,11 @@ class Probe(DynamicLayer):  # type: ignore[misc]
 
 
 def pulls(model: Any, bank: Bank, seed: int) -> dict[int, Pull]:
-    """Runs the continuation once forward and once backward per sequence, with y sampled from the dense model.
+    """Runs the continuation once forward and once backward per
+    sequence, with y sampled from the dense model.
 
-    g = grad of sum log p(y) at every attention output; then KL of a change d is about mean of (g . d)^2 / 2, since the
-    KL's Hessian is the Fisher information E[g g^T].
+    g = grad of sum log p(y) at every attention output; then KL of a change d is about mean of (g .
+    d)^2 / 2, since the KL's Hessian is the Fisher information E[g g^T].
     """
     generator = torch.Generator().manual_seed(seed)
     full = bank.facts.compressible()
@@ -74,8 +81,14 @@ def _pull_row(model: Any, bank: Bank, row: int, generator: torch.Generator) -> d
         probes[i] = layers[i] = Probe()
         DynamicLayer.update(probes[i], bank.keys[i][one], bank.values[i][one])
     with torch.enable_grad():
-        logp = model(bank.inputs[one], past_key_values=Cache(layers=layers)).logits.float().log_softmax(-1)
-        sampled = torch.multinomial(bank.logp[row].exp().cpu(), 1, generator=generator)[None].to(logp.device)
+        logp = (
+            model(bank.inputs[one], past_key_values=Cache(layers=layers))
+            .logits.float()
+            .log_softmax(-1)
+        )
+        sampled = torch.multinomial(bank.logp[row].exp().cpu(), 1, generator=generator)[None].to(
+            logp.device
+        )
         total = logp.gather(-1, sampled).sum()
         gradients = torch.autograd.grad(total, [probe.nudge for probe in probes.values()])
     return {i: _pull(probe, g) for (i, probe), g in zip(probes.items(), gradients, strict=True)}
@@ -87,17 +100,21 @@ def _pull(probe: Probe, gradient: Tensor) -> Pull:
 
 
 def _joined(rows: list[Pull]) -> Pull:
-    columns = {name: torch.cat([getattr(row, name) for row in rows]) for name in Pull.__annotations__ if name not in (
-        "scale", "softcap"
-    )}
+    columns = {
+        name: torch.cat([getattr(row, name) for row in rows])
+        for name in Pull.__annotations__
+        if name not in ("scale", "softcap")
+    }
     return Pull(**columns, scale=rows[0].scale, softcap=rows[0].softcap)
 
 
 @torch.no_grad()
 def price(bench: Bench, layer: int, policy: Policy, pull: Pull) -> Tensor:
-    """Returns the KL in nats [H + 1] that a policy costs in one layer: of the whole layer, then of each kv head alone.
+    """Returns the KL in nats [H + 1] that a policy costs in one
+    layer: of the whole layer, then of each kv head alone.
 
-    The layer is filled and read by the runtime itself, so whatever changes attention's output is priced alike.
+    The layer is filled and read by the runtime itself, so whatever changes attention's output is
+    priced alike.
     """
     filled = bench.filled(layer, policy)
     change = _answers(filled, pull) - pull.out
@@ -112,7 +129,9 @@ def _answers(layer: CompressedLayer, pull: Pull) -> Tensor:
     return layer.attend(pull.query, None, pull.scale, pull.softcap)
 
 
-def table(bench: Bench, cells: Sequence[tuple[int, Policy]], found: dict[int, Pull], progress: Progress) -> Tensor:
+def table(
+    bench: Bench, cells: Sequence[tuple[int, Policy]], found: dict[int, Pull], progress: Progress
+) -> Tensor:
     """Prices all cells [cells, H + 1]."""
     rows = []
     for index, (layer, policy) in enumerate(cells):
@@ -126,7 +145,7 @@ def exact(bench: Bench, cells: Sequence[tuple[int, Policy]], progress: Progress)
     kls = []
     dense = (Policy(),) * len(bench.bank.facts.layers)
     for index, (layer, policy) in enumerate(cells):
-        quality = bench.measure((*dense[:layer], policy, *dense[layer + 1 :]))
+        quality = bench.measure((*dense[:layer], policy, *dense[layer + 1 :]), memo=False)
         kls.append(quality.kl.double().mean())
         progress(index + 1, len(cells))
     return torch.stack(kls)

@@ -1,4 +1,5 @@
-"""Profile: what calibrate measured on a model, in one safetensors file that any recipe search can use."""
+"""Profile: what calibrate measured on a model, in one
+safetensors file that any recipe search can use."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ class Cell:
 class Profile:
     """Named tensors and what they were measured on.
 
-    prices [cells] and prices_by_head [cells, H] in nats; exact [cells] where `--exact` was asked; errors [layers, key
-    settings, value settings, 4] are KVTuner's e_k, e_v, e_a, e_o; moments.{keys,values,queries} [L, H, D, D] and
-    means [L, H, D] of pre-RoPE keys and queries and of values; mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    prices [cells] and prices_by_head [cells, H] in nats; exact [cells] where `--exact` was asked;
+    errors [layers, key settings, value settings, 4] are KVTuner's e_k, e_v, e_a, e_o;
+    moments.{keys,values,queries} [L, H, D, D] and means [L, H, D] of pre-RoPE keys and queries and
+    of values; mass.{sinks,recent,entropy,coverage90} [L, Hq].
     """
 
     cells: tuple[Cell, ...]
@@ -47,7 +49,9 @@ class Profile:
 
     def save(self, path: Path) -> str:
         """Writes the file atomically; returns its sha256."""
-        cells = [[cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.cells]
+        cells = [
+            [cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.cells
+        ]
         return Artifact(self.tensors, {"profile": FORMAT, "cells": cells, **self.meta}).save(path)
 
     @classmethod
@@ -62,11 +66,15 @@ class Profile:
         meta = dict(artifact.meta)
         version, cells = meta.pop("profile", None), meta.pop("cells", None)
         if version != FORMAT or not isinstance(cells, list):
-            raise IntegrityError(f"{path} is not a profile of format {FORMAT}.", "Run: kvtune calibrate MODEL")
+            raise IntegrityError(
+                f"{path} is not a profile of format {FORMAT}.", "Run: kvtune calibrate MODEL"
+            )
         try:
             return cls(tuple(Cell(*cell) for cell in cells), artifact.tensors, meta)
         except TypeError as error:
-            raise IntegrityError(f"{path} holds malformed cells: {error}.", "Run: kvtune calibrate MODEL") from None
+            raise IntegrityError(
+                f"{path} holds malformed cells: {error}.", "Run: kvtune calibrate MODEL"
+            ) from None
 
 
 def setting(chain: Chain) -> str:

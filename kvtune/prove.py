@@ -1,4 +1,5 @@
-"""Prove: a recipe's quality on held-out text by real generation, with bootstrap confidence intervals."""
+"""Prove: a recipe's quality on held-out text by real
+generation, with bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -22,31 +23,41 @@ from kvtune.texts import Document
 RESAMPLES = 2000
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]
-    """Notes how far each step's logits are from the dense model's, and lets the held-out text go on."""
+class Forced(LogitsProcessor):
+    """Notes how far each step's logits are from the dense
+    model's, and lets the held-out text go on."""
 
     def __init__(self, bank: Bank) -> None:
         self._bank = bank
         self.steps: list[Quality] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Takes the logits [N, V] after input_ids [N, T]; returns logits that force the text's next token."""
-        step = input_ids.shape[1] - self._bank.context  # the prompt's own logits, at step 0, are dense by definition
+        """Takes the logits [N, V] after input_ids [N, T]; returns
+        logits that force the text's next token."""
+        step = (
+            input_ids.shape[1] - self._bank.context
+        )  # the prompt's own logits, at step 0, are dense by definition
         if step > 0:
             at = slice(step - 1, step)
-            self.steps.append(compare(self._bank.logp[:, at], scores[:, None], self._bank.targets[:, at]))
+            self.steps.append(
+                compare(self._bank.logp[:, at], scores[:, None], self._bank.targets[:, at])
+            )
         forced = torch.full_like(scores, float("-inf"))
         return forced.scatter(1, self._bank.tokens[:, input_ids.shape[1], None], 0.0)
 
 
 @torch.no_grad()
 def by_generation(model: Any, cache: CompressedCache, bank: Bank, steps: int) -> Quality:
-    """Runs `model.generate` with the cache: prefills the bank's contexts, then `steps` tokens one by one.
+    """Runs `model.generate` with the cache: prefills the bank's
+    contexts, then `steps` tokens one by one.
 
-    Returns the quality at each of these positions [N, steps], against the same dense log-probabilities as a trial.
+    Returns the quality at each of these positions [N, steps], against the same dense
+    log-probabilities as a trial.
     """
     forced = Forced(bank)
-    config = GenerationConfig(max_new_tokens=steps + 1, do_sample=False, pad_token_id=0, use_cache=True)
+    config = GenerationConfig(
+        max_new_tokens=steps + 1, do_sample=False, pad_token_id=0, use_cache=True
+    )
     prompt = bank.tokens[:, : bank.context]
     model.generate(
         prompt,
@@ -93,15 +104,29 @@ class Proof:
     payload_bits: float
 
     @classmethod
-    def of(cls, quality: Quality, weight: Weight, context: int, bytes_context: int, batch: int) -> Proof:
+    def of(
+        cls, quality: Quality, weight: Weight, context: int, bytes_context: int, batch: int
+    ) -> Proof:
         """Sums up a quality and a weight."""
         means = quality.means()
         kl_low, kl_high = interval(quality.kl)
         flips_low, flips_high = interval(quality.flips)
         return cls(
-            means["kl"], kl_low, kl_high, means["flips"], flips_low, flips_high, means["dnll"],
-            quality.kl.numel(), context, weight.bytes, bytes_context, batch,
-            weight.ratio, weight.bits, weight.payload_bits,
+            means["kl"],
+            kl_low,
+            kl_high,
+            means["flips"],
+            flips_low,
+            flips_high,
+            means["dnll"],
+            quality.kl.numel(),
+            context,
+            weight.bytes,
+            bytes_context,
+            batch,
+            weight.ratio,
+            weight.bits,
+            weight.payload_bits,
         )
 
     def table(self) -> dict[str, Any]:
@@ -150,6 +175,8 @@ def prove(
     bank = build(model, tokens, sizes.context)
     quality = by_generation(model, cache, bank, steps)
     known = facts(model.config)
-    policies = (recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))).policies(known)
+    policies = (recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))).policies(
+        known
+    )
     weight = weigh(policies, known, bytes_context, batch)
     return Proof.of(quality, weight, sizes.context, bytes_context, batch)

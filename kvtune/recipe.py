@@ -32,7 +32,7 @@ class _Model(BaseModel):
 
 def _tables(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
-        raise ValueError("expected a list of parts such as [{ use = \"affine\", bits = 4 }]")
+        raise ValueError('expected a list of parts such as [{ use = "affine", bits = 4 }]')
     for table in value:
         if SEARCH in table.values():
             found = list(parts.choices(table))
@@ -51,16 +51,23 @@ def _codecs_schema() -> dict[str, Any]:
         cls = parts.find(name)
         if issubclass(cls, Codec):
             branch = cls.model_json_schema()
-            fields = {key: {"anyOf": [value, {"const": SEARCH}]} for key, value in branch["properties"].items()} if (
-                "properties" in branch
-            ) else {}
+            fields = (
+                {
+                    key: {"anyOf": [value, {"const": SEARCH}]}
+                    for key, value in branch["properties"].items()
+                }
+                if ("properties" in branch)
+                else {}
+            )
             branch["properties"] = {"use": {"const": name}, **fields}
             branch["required"] = ["use"]
             branches.append(branch)
     return {"type": "array", "items": {"oneOf": branches}}
 
 
-Tables = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"$ref": "#/$defs/Codecs"})]
+Tables = Annotated[
+    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"$ref": "#/$defs/Codecs"})
+]
 
 
 class Tier(_Model):
@@ -84,7 +91,8 @@ class LayerPolicy(_Model):
 
 
 class Policy(_Model):
-    """What one layer does, resolved: chains in place of tables; hashable, so encoded tiers can be memoised."""
+    """What one layer does, resolved: chains in place of tables;
+    hashable, so encoded tiers can be memoised."""
 
     sinks: int = 0
     recent: int = 0
@@ -125,9 +133,10 @@ class ArtifactRef(_Model):
 
 
 class Recipe(_Model):
-    """The shareable file: model binding, one policy per layer span, a pointer to tensors, and what was measured."""
+    """The shareable file: model binding, one policy per layer
+    span, a pointer to tensors, and what was measured."""
 
-    kvtune: Literal[1] = FORMAT
+    kvtune: Literal[1] = 1
     name: str = ""
     description: str = ""
     model: ModelBinding | None = None
@@ -143,16 +152,22 @@ class Recipe(_Model):
         """Returns one policy per layer; layers that are not compressible get an empty one.
 
         Raises:
-            UsageError: a template, layers not covered exactly once, or settings that do not fit the model.
+            UsageError: a template, layers not covered exactly once, or settings that do not fit the
+            model.
         """
         if self.is_open():
-            raise UsageError(f"{self.name or 'The recipe'} is a template.", "Run: kvtune search, or fill in its settings.")
+            raise UsageError(
+                f"{self.name or 'The recipe'} is a template.",
+                "Run: kvtune search, or fill in its settings.",
+            )
         if not self.layers:
             return (Policy(),) * len(known.layers)
         resolved = [_resolve(policy) for policy in self.layers]
         owner = resolve([policy.span for policy in self.layers], len(known.layers))
         return tuple(
-            _checked(resolved[owner[i]], known.layers[i].head_dim, i) if i in known.compressible() else Policy()
+            _checked(resolved[owner[i]], known.layers[i].head_dim, i)
+            if i in known.compressible()
+            else Policy()
             for i in range(len(known.layers))
         )
 
@@ -172,7 +187,10 @@ def _resolve(policy: LayerPolicy) -> Policy:
         return Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
 
     return Policy(
-        sinks=policy.sinks, recent=policy.recent, keys=chain(policy.kept.keys), values=chain(policy.kept.values)
+        sinks=policy.sinks,
+        recent=policy.recent,
+        keys=chain(policy.kept.keys),
+        values=chain(policy.kept.values),
     )
 
 
@@ -190,7 +208,8 @@ def loads(text: str, where: str = "recipe") -> Recipe:
     """Parses TOML text.
 
     Raises:
-        IntegrityError: anything that is not a valid recipe of this format, with the place and the value.
+        IntegrityError: anything that is not a valid recipe of this format, with the place and the
+        value.
     """
     try:
         table = tomllib.loads(text)
@@ -198,9 +217,13 @@ def loads(text: str, where: str = "recipe") -> Recipe:
         raise IntegrityError(f"{where} is not valid TOML: {error}.") from None
     version = table.get("kvtune")
     if isinstance(version, int) and version > FORMAT:
-        raise IntegrityError(f"{where} has format {version}; this kvtune reads {FORMAT}.", "Upgrade kvtune.")
+        raise IntegrityError(
+            f"{where} has format {version}; this kvtune reads {FORMAT}.", "Upgrade kvtune."
+        )
     if version != FORMAT:
-        raise IntegrityError(f"{where} does not start with `kvtune = {FORMAT}`, so it is no recipe.")
+        raise IntegrityError(
+            f"{where} does not start with `kvtune = {FORMAT}`, so it is no recipe."
+        )
     try:
         recipe = Recipe.model_validate(table, strict=False)
     except ValidationError as error:
@@ -210,7 +233,8 @@ def loads(text: str, where: str = "recipe") -> Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """Reads a recipe file, or the `recipe.toml` of a folder; IntegrityError as `loads`, MissingInputError."""
+    """Reads a recipe file, or the `recipe.toml` of a folder;
+    IntegrityError as `loads`, MissingInputError."""
     file = path / RECIPE_FILE if path.is_dir() else path
     if not file.is_file():
         raise MissingInputError(f"There is no recipe at {path}.", "Run: kvtune recipe list")
@@ -241,7 +265,9 @@ def digest(recipe: Recipe) -> str:
 def _check_plain(recipe: Recipe, where: str) -> None:
     """Checks what the field types cannot say: file names, spans, finite evidence."""
     if recipe.artifact and not _FILE_NAME.fullmatch(recipe.artifact.file):
-        raise IntegrityError(f"{where}: artifact.file {recipe.artifact.file!r} is not a plain file name.")
+        raise IntegrityError(
+            f"{where}: artifact.file {recipe.artifact.file!r} is not a plain file name."
+        )
     if not _finite(recipe.measured):
         raise IntegrityError(f"{where}: [measured] holds a number that is not finite.")
     try:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class Rope:
     """Turns keys [B, H, T, D] by their positions [T], and back.
 
-    The angles come from the model's rotary module, so any frequency scaling (Llama-3, YaRN, linear) is the model's
-    own. Of a partial rotary width only the first channels turn. Source: RoFormer, arXiv:2104.09864.
+    The angles come from the model's rotary module, so any frequency scaling (Llama-3, YaRN, linear)
+    is the model's own. Of a partial rotary width only the first channels turn. Source: RoFormer,
+    arXiv:2104.09864.
     """
 
     module: nn.Module
@@ -31,7 +32,8 @@ class Rope:
             return torch.empty_like(x)
         cos, sin = self._tables(x, positions)
         width = cos.shape[-1]
-        head, tail = x[..., :width].float(), x[..., width:]
+        wide = x if x.dtype == torch.float64 else x.float()
+        head, tail, cos, sin = wide[..., :width], x[..., width:], cos.to(wide), sin.to(wide)
         if inverse:
             # cos^2 + sin^2 is not 1 where a model scales its embedding (YaRN's attention factor)
             norm = cos.square() + sin.square()

@@ -1,4 +1,5 @@
-"""Rows: batch rows of equal true length, their sinks, pages and recent window, and how queries read them."""
+"""Rows: batch rows of equal true length, their sinks, pages
+and recent window, and how queries read them."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from kvtune.recipe import Policy
 class Rows:
     """The tokens of some batch rows in one layer: sinks | pages | recent, the outer two exact.
 
-    Which tokens a query sees exactly depends on its position alone: token t is read from its page by every query at
-    position p with t < sinks + due(p), and exactly by the others. So chunked reading equals reading token by token.
-    Only the prompt, the first forward of an empty cache, sees itself exactly (as in KIVI, arXiv:2402.02750).
+    Which tokens a query sees exactly depends on its position alone: token t is read from its page
+    by every query at position p with t < sinks + due(p), and exactly by the others. So chunked
+    reading equals reading token by token. Only the prompt, the first forward of an empty cache,
+    sees itself exactly (as in KIVI,
+    arXiv:2402.02750).
     """
 
     def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
@@ -30,28 +33,38 @@ class Rows:
         self._recent: tuple[Tensor, Tensor] | None = None
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float | None,
+        softcap: float | None,
     ) -> Tensor:
-        """Adds keys and values [B, H, n, D] and answers their queries [B, Hq, n, D]; then frees what has left."""
+        """Adds keys and values [B, H, n, D] and answers their
+        queries [B, Hq, n, D]; then frees what has left."""
         first, start = self.seen == 0, self.keys.tokens
         self._extend(keys, values)
         if first:
             mask = _causal(keys.shape[2], keys.device) if keys.shape[2] > 1 else None
             out = attend(query, keys, values, mask, scale, softcap)
         else:
-            self._encode(start, self.policy.due(self.seen - 1))  # what the last query reads from pages
+            # what the last query reads from pages; after a crop they may hold more than that
+            # already
+            self._encode(start, max(start, self.policy.due(self.seen - 1)))
             all_keys, all_values = self.read(query.dtype)
             out = attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
         self._settle(start)
         return out
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would leave it."""
+        """Takes a context [B, H, T, D] that was computed densely,
+        as a prompt's forward would leave it."""
         self._extend(keys, values)
         self._settle(0)
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, D] as the next query reads them: sinks, decoded pages, recent window."""
+        """Keys and values [B, H, T, D] as the next query reads
+        them: sinks, decoded pages, recent window."""
         sides = []
         for side, pages in enumerate((self.keys, self.values)):
             dense = [pair[side] if pair else None for pair in (self._sinks, self._recent)]
@@ -60,11 +73,13 @@ class Rows:
         return sides[0], sides[1]
 
     def crop(self, count: int) -> None:
-        """Forgets the last `count` tokens; UnsupportedError when they are no longer in the recent window."""
+        """Forgets the last `count` tokens; UnsupportedError when
+        they are no longer in the recent window."""
         held = self._recent[0].shape[2] if self._recent else 0
         if count > held:
             raise UnsupportedError(
-                f"Cannot crop {count} tokens: only the last {held} are still exact.", "Use a recipe with more `recent`."
+                f"Cannot crop {count} tokens: only the last {held} are still exact.",
+                "Use a recipe with more `recent`.",
             )
         assert self._recent is not None
         self.seen -= count
@@ -90,18 +105,23 @@ class Rows:
     def nbytes(self) -> int:
         """Bytes held for keys and values, metadata, sinks and window included."""
         dense = [tensor for pair in (self._sinks, self._recent) if pair for tensor in pair]
-        return self.keys.nbytes + self.values.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
+        return (
+            self.keys.nbytes + self.values.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
+        )
 
     def _extend(self, keys: Tensor, values: Tensor) -> None:
         self.seen += keys.shape[2]
         missing = self.policy.sinks - (self._sinks[0].shape[2] if self._sinks else 0)
         if missing > 0:
-            self._sinks = _join(self._sinks, (keys[:, :, :missing].clone(), values[:, :, :missing].clone()))
+            self._sinks = _join(
+                self._sinks, (keys[:, :, :missing].clone(), values[:, :, :missing].clone())
+            )
             keys, values = keys[:, :, missing:], values[:, :, missing:]
         self._recent = _join(self._recent, (keys, values))
 
     def _encode(self, start: int, due: int) -> None:
-        """Writes the tokens up to `due` into pages; the exact tokens begin at `start`, both counted after the sinks."""
+        """Writes the tokens up to `due` into pages; the exact
+        tokens begin at `start`, both counted after the sinks."""
         assert self._recent is not None
         for pages, x in zip((self.keys, self.values), self._recent, strict=True):
             pages.append(x[:, :, pages.tokens - start : due - start])
@@ -110,11 +130,14 @@ class Rows:
         """Moves what has left the recent window into pages, and frees it."""
         due = max(start, self.policy.due(self.seen))
         self._encode(start, due)
-        if due > start or start == 0:  # clones own just their bytes; a prompt's keys may be views of more
+        if (
+            due > start or start == 0
+        ):  # clones own just their bytes; a prompt's keys may be views of more
             self._recent = _map(self._recent, lambda x: x[:, :, due - start :].clone())
 
     def _mask(self, query: Tensor, start: int) -> Tensor | None:
-        """Mask [n, sinks + pages + recent]: pages closed since `start` are read by the later queries only."""
+        """Mask [n, sinks + pages + recent]: pages closed since
+        `start` are read by the later queries only."""
         count, paged, device = query.shape[2], self.keys.tokens, query.device
         if count == 1:
             return None
@@ -122,7 +145,9 @@ class Rows:
         positions = torch.arange(self.seen - count, self.seen, device=device)
         dues = [max(start, self.policy.due(p)) for p in range(self.seen - count, self.seen)]
         due = torch.tensor(dues, device=device)[:, None]
-        tokens = torch.arange(sinks, self.seen, device=device)  # true index of each exact token after the sinks
+        tokens = torch.arange(
+            sinks, self.seen, device=device
+        )  # true index of each exact token after the sinks
         exact = tokens[start:]
         sees_sinks = torch.arange(sinks, device=device) <= positions[:, None]
         sees_pages = tokens[:paged] < sinks + due
@@ -140,5 +165,7 @@ def _join(held: tuple[Tensor, Tensor] | None, more: tuple[Tensor, Tensor]) -> tu
     return torch.cat([held[0], more[0]], 2), torch.cat([held[1], more[1]], 2)
 
 
-def _map(pair: tuple[Tensor, Tensor] | None, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+def _map(
+    pair: tuple[Tensor, Tensor] | None, move: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
     return None if pair is None else (move(pair[0]), move(pair[1]))

@@ -1,4 +1,5 @@
-"""A run folder: the profile, the study, the proved front and the chosen recipe, written so that a kill leaves no half."""
+"""A run folder: the profile, the study, the proved front and
+the chosen recipe, written so that a kill leaves no half."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import Any
 from kvtune.errors import IntegrityError
 from kvtune.files import canonical_json, sha256_bytes, write_atomic
 
-PROFILE, STUDY, FRONT, CHOSEN, SUMMARY = "profile.safetensors", "study.db", "front", "chosen", "tune.json"
+PROFILE, STUDY, FRONT, CHOSEN, SUMMARY = (
+    "profile.safetensors",
+    "study.db",
+    "front",
+    "chosen",
+    "tune.json",
+)
 
 
 def binding(**inputs: Any) -> str:
@@ -25,14 +32,17 @@ def write_summary(folder: Path, bound: str, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path, bound: str) -> dict[str, Any] | None:
-    """Returns the summary of a finished run of the same inputs, if the recipes it names are all there."""
+    """Returns the summary of a finished run of the same inputs,
+    if the recipes it names are all there."""
     file = folder / SUMMARY
     if not file.is_file():
         return None
     try:
         held = json.loads(file.read_text())
     except ValueError:
-        raise IntegrityError(f"{file} is damaged.", f"Delete {file} and run the command again.") from None
+        raise IntegrityError(
+            f"{file} is damaged.", f"Delete {file} and run the command again."
+        ) from None
     if held.get("binding") != bound:
         return None
     there = all((folder / point["file"]).is_file() for point in held["points"])
@@ -45,13 +55,11 @@ def clear_front(folder: Path) -> None:
         stale.unlink()
 
 
-def card(name: str, base_model: str, points: list[dict[str, Any]], chosen: int, command: str) -> str:
+def card(
+    name: str, base_model: str, points: list[dict[str, Any]], chosen: int, command: str
+) -> str:
     """The README of a shared recipe folder: a model card with the measured table."""
-    rows = "\n".join(
-        f"| {'**' if i == chosen else ''}{p['label']}{'**' if i == chosen else ''} | {p['bits']:.2f} | {p['ratio']:.2f}x "
-        f"| {p['kl']:.4f} ({p['kl_low']:.4f} to {p['kl_high']:.4f}) | {100 * p['flips']:.1f} % |"
-        for i, p in enumerate(points)
-    )
+    rows = "\n".join(_row(point, index == chosen) for index, point in enumerate(points))
     first = points[chosen]
     return f"""---
 library_name: kvtune
@@ -60,14 +68,15 @@ tags: [kv-cache, kvtune]
 ---
 # {name}
 
-A KV-cache recipe for {base_model}: {first["bits"]:.2f} true bits per cached value, {first["ratio"]:.2f} times smaller than
-the 16-bit cache at {first["bytes_context"]:,} tokens, KL {first["kl"]:.4f} nats on held-out text.
+A KV-cache recipe for {base_model}: {first["bits"]:.2f} true bits per cached value,
+{first["ratio"]:.2f} times smaller than the 16-bit cache at {first["bytes_context"]:,} tokens, KL
+{first["kl"]:.4f} nats on held-out text.
 
     cache = kvtune.load("{name}", model)
     model.generate(**inputs, past_key_values=cache)
 
-The front it was chosen from, measured by generation on {first["positions"]:,} held-out positions after contexts of
-{first["context"]:,} tokens (95 % bootstrap intervals over sequences):
+The front it was chosen from, measured by generation on {first["positions"]:,} held-out positions
+after contexts of {first["context"]:,} tokens (95 % bootstrap intervals over sequences):
 
 | recipe | true bits | smaller | KL, nats | flips |
 |---|---|---|---|---|
@@ -75,3 +84,14 @@ The front it was chosen from, measured by generation on {first["positions"]:,} h
 
 Made by `{command}`.
 """
+
+
+def _row(point: Mapping[str, Any], chosen: bool) -> str:
+    cells = (
+        f"{point['label']}{' (this one)' if chosen else ''}",
+        f"{point['bits']:.2f}",
+        f"{point['ratio']:.2f}x",
+        f"{point['kl']:.4f} ({point['kl_low']:.4f} to {point['kl_high']:.4f})",
+        f"{100 * point['flips']:.1f} %",
+    )
+    return f"| {' | '.join(cells)} |"

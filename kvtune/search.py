@@ -1,4 +1,5 @@
-"""Search: model + template + Profile -> a measured Pareto front of recipes, through the runtime that ships."""
+"""Search: model + template + Profile -> a measured Pareto
+front of recipes, through the runtime that ships."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 
 @dataclass(frozen=True)
 class Goal:
-    """What the search is for: objectives, and the context length and batch at which bytes are counted."""
+    """What the search is for: objectives, and the context
+    length and batch at which bytes are counted."""
 
     objectives: tuple[str, ...] = OBJECTIVES
     context: int = 32768
@@ -46,19 +48,25 @@ class Goal:
             if word not in OBJECTIVES:
                 raise UsageError(f"There is no objective {word!r}.", suggest(word, OBJECTIVES))
         if len(set(wanted)) != len(wanted) or len(wanted) < 2:
-            raise UsageError(f"--objective {objectives}: give memory,accuracy (a front needs both, each once).")
+            raise UsageError(
+                f"--objective {objectives}: give memory,accuracy (a front needs both, each once)."
+            )
         return cls(wanted, context, batch)
 
 
 class Search:
-    """One search: the surrogate of a profile, the space around its front, and the trials on a bench."""
+    """One search: the surrogate of a profile, the space around
+    its front, and the trials on a bench."""
 
-    def __init__(self, bench: Bench, profile: Profile, choices: Mapping[int, Opened], goal: Goal) -> None:
+    def __init__(
+        self, bench: Bench, profile: Profile, choices: Mapping[int, Opened], goal: Goal
+    ) -> None:
         self.bench, self.profile, self.choices, self.goal = bench, profile, choices, goal
         self.known: Facts = bench.bank.facts
 
     def prepare(self, folder: Path) -> None:
-        """Rescales the price table by measured whole-model recipes and lays out the space; kept for a resume."""
+        """Rescales the price table by measured whole-model recipes
+        and lays out the space; kept for a resume."""
         self._layout(scales=self._scales(folder / "surrogate.json"))
 
     def run(
@@ -93,14 +101,24 @@ class Search:
         weight = weigh(policies, self.known, self.goal.context, self.goal.batch)
         values = {"memory": float(weight.bytes), "accuracy": means["kl"]}
         predicted = self.surrogate.predict(self.assignment(choice))[1]
-        attrs = {"flips": means["flips"], "dnll": means["dnll"], "bits": weight.bits, "predicted": predicted}
+        attrs = {
+            "flips": means["flips"],
+            "dnll": means["dnll"],
+            "bits": weight.bits,
+            "predicted": predicted,
+        }
         return Outcome(tuple(values[name] for name in self.goal.objectives), attrs)
 
     def assignment(self, choice: Choice) -> Assignment:
-        """The settings that a choice stands for: a start, with some clusters moved along their ladders."""
+        """The settings that a choice stands for: a start, with some
+        clusters moved along their ladders."""
         chosen = self.bases[choice[START]]
         for name, places in self.clusters.items():
-            chosen = self.surrogate.moved(chosen, places, STEPS[choice[name]]) if STEPS[choice[name]] else chosen
+            chosen = (
+                self.surrogate.moved(chosen, places, STEPS[choice[name]])
+                if STEPS[choice[name]]
+                else chosen
+            )
         return chosen
 
     def policies(self, choice: Choice) -> tuple[Policy, ...]:
@@ -109,12 +127,16 @@ class Search:
 
     def _policies(self, chosen: Assignment) -> tuple[Policy, ...]:
         return tuple(
-            self.choices[i].policy(chosen[i, "keys"], chosen[i, "values"]) if i in self.choices else Policy()
+            self.choices[i].policy(chosen[i, "keys"], chosen[i, "values"])
+            if i in self.choices
+            else Policy()
             for i in range(len(self.known.layers))
         )
 
     def _layout(self, scales: Mapping[Side, float]) -> None:
-        self.surrogate = Surrogate.of(self.choices, self.profile, self.known, self.goal.context, scales)
+        self.surrogate = Surrogate.of(
+            self.choices, self.profile, self.known, self.goal.context, scales
+        )
         self.clusters = self.surrogate.clusters(self.goal.clusters)
         self.bases = _distinct({**self._uniforms(), **self._protected(), **self._fronts()})
         still = dict.fromkeys(self.clusters, "same")
@@ -124,32 +146,42 @@ class Search:
 
     def _fronts(self) -> dict[str, Assignment]:
         budgets = self.surrogate.budgets(self.goal.budgets)
-        return {f"knapsack {i:02}": self.surrogate.cheapest(budget) for i, budget in enumerate(budgets)}
+        return {
+            f"knapsack {i:02}": self.surrogate.cheapest(budget) for i, budget in enumerate(budgets)
+        }
 
     def _uniforms(self) -> dict[str, Assignment]:
         """Uniform recipes on their own predicted front: what a user would try by hand."""
         every = uniforms(self.choices)
         kept: list[str] = []
         best = float("inf")
-        for _, kl, name in sorted((*self.surrogate.predict(uniform), name) for name, uniform in every.items()):
+        for _, kl, name in sorted(
+            (*self.surrogate.predict(uniform), name) for name, uniform in every.items()
+        ):
             if kl < best:
                 kept.append(name)
                 best = kl
         return {name: every[name] for name in spread(kept, self.goal.rivals)}
 
     def _protected(self) -> dict[str, Assignment]:
-        """A middling uniform recipe with the first and last two layers at their dearest setting: the rule of thumb."""
+        """A middling uniform recipe with the first and last two
+        layers at their dearest setting: the rule of thumb."""
         named = list(self._uniforms().items())
         layers = sorted(self.choices)
         ends = {*layers[:2], *layers[-2:]}
         found = {}
         for name, uniform in named[len(named) // 3 : len(named) // 3 + 1]:
-            safe = {place: self.surrogate.ladders[place][-1].chain for place in uniform if place[0] in ends}
+            safe = {
+                place: self.surrogate.ladders[place][-1].chain
+                for place in uniform
+                if place[0] in ends
+            }
             found[f"ends protected, {name}"] = {**uniform, **safe}
         return found
 
     def _scales(self, kept: Path) -> dict[Side, float]:
-        """How much the measured KL of a side exceeds its priced sum, over two uniform recipes of few bits."""
+        """How much the measured KL of a side exceeds its priced
+        sum, over two uniform recipes of few bits."""
         if kept.is_file():
             held = json.loads(kept.read_text())
             if held.get("binding") == self._binding():
@@ -168,7 +200,10 @@ class Search:
                 policies[layer] = own.cell(side, chain)
             measured = self.bench.measure(tuple(policies)).means()["kl"]
             priced = sum(
-                rung.price for (_, s), rungs in self.surrogate.rungs.items() if s == side for rung in rungs
+                rung.price
+                for (_, s), rungs in self.surrogate.rungs.items()
+                if s == side
+                for rung in rungs
                 if rung.chain == chain
             )
             product *= measured / priced
@@ -176,7 +211,10 @@ class Search:
 
     def _binding(self) -> str:
         """What a study belongs to: model, texts, space and goal."""
-        cells = [[cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.profile.cells]
+        cells = [
+            [cell.layer, cell.side, cell.setting, cell.sinks, cell.recent]
+            for cell in self.profile.cells
+        ]
         bound = [
             self.profile.meta.get("fingerprint"),
             self.profile.meta.get("text"),
@@ -194,21 +232,27 @@ def uniforms(choices: Mapping[int, Opened]) -> dict[str, Assignment]:
     first = next(iter(choices.values()))
     shared = {side: _shared(choices, side) for side in SIDES}
     return {
-        f"uniform {keys} | {values}": {
-            (layer, side): chain for layer in choices for side, chain in (("keys", keys), ("values", values))
-        }
+        f"uniform {keys} | {values}": _everywhere(choices, keys, values)
         for keys in first.keys
         if keys in shared["keys"]
         for values in first.values
         if values in shared["values"]
-    }  # type: ignore[misc]
+    }
+
+
+def _everywhere(choices: Mapping[int, Opened], keys: Chain, values: Chain) -> Assignment:
+    return {
+        (layer, side): keys if side == "keys" else values for layer in choices for side in SIDES
+    }
 
 
 def _shared(choices: Mapping[int, Opened], side: Side) -> set[Chain]:
     return set.intersection(*(set(own.chains(side)) for own in choices.values()))
 
 
-def _cheap_chains(choices: Mapping[int, Opened], surrogate: Surrogate, side: Side) -> Sequence[Chain]:
+def _cheap_chains(
+    choices: Mapping[int, Opened], surrogate: Surrogate, side: Side
+) -> Sequence[Chain]:
     """Two settings that every layer opens: the cheapest, and one a third of the way up."""
     shared = _shared(choices, side)
     place = (next(iter(choices)), side)

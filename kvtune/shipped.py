@@ -1,4 +1,4 @@
-"""Shipped recipes and templates, and what a RECIPE argument names: a file, a folder or one of these."""
+"""Shipped recipes and templates, and what a RECIPE argument names."""
 
 from pathlib import Path
 

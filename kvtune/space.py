@@ -1,4 +1,5 @@
-"""What a template opens: the settings of keys and of values, as the search space and the price table see them."""
+"""What a template opens: the settings of keys and of
+values, as the search space and the price table see them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SIDES: tuple[Side, Side] = ("keys", "values")
 
 @dataclass(frozen=True)
 class Opened:
-    """What one layer may be: its exact tokens, and the chains that its keys and its values choose from."""
+    """What one layer may be: its exact tokens, and the chains
+    that its keys and its values choose from."""
 
     sinks: int
     recent: int
@@ -48,10 +50,14 @@ def opened(template: Recipe, known: Facts) -> dict[int, Opened]:
     """
     if not template.is_open():
         raise UsageError(
-            f"{template.name or 'The template'} opens nothing to search.", 'Write "search" for a setting: bits = "search".'
+            f"{template.name or 'The template'} opens nothing to search.",
+            'Write "search" for a setting: bits = "search".',
         )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
-    return {i: _opened(template.layers[owner[i]], known.layers[i].head_dim, i) for i in known.compressible()}
+    return {
+        i: _opened(template.layers[owner[i]], known.layers[i].head_dim, i)
+        for i in known.compressible()
+    }
 
 
 def _opened(policy: LayerPolicy, head_dim: int, layer: int) -> Opened:
@@ -60,7 +66,9 @@ def _opened(policy: LayerPolicy, head_dim: int, layer: int) -> Opened:
     return Opened(policy.sinks, policy.recent, keys, values)
 
 
-def _fitting(tables: Sequence[dict[str, Any]], head_dim: int, side: Side, layer: int) -> tuple[Chain, ...]:
+def _fitting(
+    tables: Sequence[dict[str, Any]], head_dim: int, side: Side, layer: int
+) -> tuple[Chain, ...]:
     fits, reason = [], ""
     for codecs in itertools.product(*(list(parts.choices(table)) for table in tables)):
         chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))

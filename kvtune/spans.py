@@ -1,4 +1,5 @@
-"""Layer spans: which layers an entry of a recipe speaks for, and that each layer is covered exactly once."""
+"""Layer spans: which layers an entry of a recipe speaks
+for, and that each layer is covered exactly once."""
 
 import re
 from collections.abc import Sequence
@@ -15,20 +16,26 @@ def resolve(spans: Sequence[str], layers: int) -> list[int]:
     A span is `all`, `rest`, `first N`, `last N`, or ranges such as `0-3, 7`.
 
     Raises:
-        UsageError: a span that is none of these or leaves the model, or a layer covered twice or never.
+        UsageError: a span that is none of these or leaves the model, or a layer covered twice or
+        never.
     """
     owner: list[int | None] = [None] * layers
     for index, span in enumerate(spans):
         for layer in [] if span == "rest" else _layers(span, layers):
             if (other := owner[layer]) is not None:
-                raise UsageError(f"layer {layer} is covered twice, by {spans[other]!r} and {span!r}.")
+                raise UsageError(
+                    f"layer {layer} is covered twice, by {spans[other]!r} and {span!r}."
+                )
             owner[layer] = index
     rests = [index for index, span in enumerate(spans) if span == "rest"]
     if len(rests) > 1:
         raise UsageError('"rest" stands twice, so layers would be covered twice.')
     full = [rests[0] if rests and found is None else found for found in owner]
     if missing := [layer for layer, found in enumerate(full) if found is None]:
-        raise UsageError(f"layers {write(missing)} of {layers} are not covered.", 'Add an entry with span = "rest".')
+        raise UsageError(
+            f"layers {write(missing)} of {layers} are not covered.",
+            'Add an entry with span = "rest".',
+        )
     return [found for found in full if found is not None]
 
 
@@ -55,7 +62,10 @@ def _layers(span: str, layers: int) -> list[int]:
     for piece in span.split(","):
         found = _RANGE.fullmatch(piece.strip())
         if not found:
-            raise UsageError(f'span {span!r} is not "all", "rest", "first N", "last N" or ranges such as "0-3, 7".')
+            raise UsageError(
+                f"span {span!r} is none of all, rest, first N, last N, or ranges.",
+                'Write for example span = "0-3, 7".',
+            )
         low, high = int(found[1]), int(found[2] or found[1])
         if low > high or high >= layers:
             raise UsageError(f"span {span!r} does not fit a model with {layers} layers.")

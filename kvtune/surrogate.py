@@ -1,4 +1,5 @@
-"""The surrogate: ladders of undominated settings, clusters of layers, and the exact knapsack front over prices."""
+"""The surrogate: ladders of undominated settings, clusters
+of layers, and the exact knapsack front over prices."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ from kvtune.recipe import Policy
 from kvtune.space import SIDES, Opened, Side
 
 Place = tuple[int, Side]
-Assignment = dict[Place, Chain]  # one setting for the keys and one for the values of every compressible layer
+Assignment = dict[
+    Place, Chain
+]  # one setting for the keys and one for the values of every compressible layer
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One setting of one side of one layer: its bytes at the stated context, and its priced KL in nats."""
+    """One setting of one side of one layer: its bytes at the
+    stated context, and its priced KL in nats."""
 
     chain: Chain
     bytes: int
@@ -30,16 +34,23 @@ class Rung:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What the price table predicts: all rungs of each place by ascending bytes, and its undominated ladder."""
+    """What the price table predicts: all rungs of each place by
+    ascending bytes, and its undominated ladder."""
 
     rungs: dict[Place, tuple[Rung, ...]]
     ladders: dict[Place, tuple[Rung, ...]]
 
     @classmethod
     def of(
-        cls, choices: Mapping[int, Opened], profile: Profile, known: Facts, context: int, scales: Mapping[Side, float]
+        cls,
+        choices: Mapping[int, Opened],
+        profile: Profile,
+        known: Facts,
+        context: int,
+        scales: Mapping[Side, float],
     ) -> Surrogate:
-        """Prices come from the profile, times each side's scale; bytes from the runtime at the context length."""
+        """Prices come from the profile, times each side's scale;
+        bytes from the runtime at the context length."""
         prices = profile.prices()
         sizes: dict[tuple[Policy, int, int], int] = {}
         rungs: dict[Place, tuple[Rung, ...]] = {}
@@ -52,7 +63,11 @@ class Surrogate:
                     policy = own.cell(side, chain)
                     key = (policy, heads, dim)
                     if key not in sizes:
-                        sizes[key] = dense if policy.is_dense else layer_bytes(policy, heads, dim, context) - dense
+                        sizes[key] = (
+                            dense
+                            if policy.is_dense
+                            else layer_bytes(policy, heads, dim, context) - dense
+                        )
                     cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
                     found.append(Rung(chain, sizes[key], prices[cell] * scales.get(side, 1.0)))
                 rungs[layer, side] = tuple(sorted(found, key=lambda rung: (rung.bytes, rung.price)))
@@ -60,28 +75,36 @@ class Surrogate:
 
     def predict(self, chosen: Assignment) -> tuple[int, float]:
         """Bytes and KL that the table adds up to."""
-        picked = [next(r for r in self.rungs[place] if r.chain == chain) for place, chain in chosen.items()]
+        picked = [
+            next(r for r in self.rungs[place] if r.chain == chain)
+            for place, chain in chosen.items()
+        ]
         return sum(rung.bytes for rung in picked), math.fsum(rung.price for rung in picked)
 
     def budgets(self, count: int) -> list[int]:
-        """Byte budgets from the smallest possible cache to the dearest ladder end, evenly in log bytes."""
+        """Byte budgets from the smallest possible cache to the
+        dearest ladder end, evenly in log bytes."""
         low = sum(ladder[0].bytes for ladder in self.ladders.values())
         high = sum(ladder[-1].bytes for ladder in self.ladders.values())
         return [round(low * (high / low) ** (i / max(1, count - 1))) for i in range(count)]
 
     def cheapest(self, budget: int) -> Assignment:
-        """The assignment of least priced KL within a byte budget: a multiple-choice knapsack, solved exactly."""
+        """The assignment of least priced KL within a byte budget: a
+        multiple-choice knapsack, solved exactly."""
         places = [(place, rung) for place, ladder in self.ladders.items() for rung in ladder]
         picked = _knapsack(places, len(self.ladders), budget)
         return {places[i][0]: places[i][1].chain for i in picked}
 
     def clusters(self, per_side: int) -> dict[str, tuple[Place, ...]]:
-        """Places that react alike, per side, named `keys 0`, `keys 1`, ... from the least sensitive on."""
+        """Places that react alike, per side, named `keys 0`, `keys
+        1`, ... from the least sensitive on."""
         found: dict[str, tuple[Place, ...]] = {}
         for side in SIDES:
             own = [place for place in self.ladders if place[1] == side]
             groups = _grouped(own, self.rungs, self.ladders, per_side)
-            groups.sort(key=lambda group: float(np.mean([self.rungs[place][0].price for place in group])))
+            groups.sort(
+                key=lambda group: float(np.mean([self.rungs[place][0].price for place in group]))
+            )
             found |= {f"{side} {index}": tuple(group) for index, group in enumerate(groups)}
         return found
 
@@ -96,7 +119,8 @@ class Surrogate:
 
 
 def undominated(rungs: Iterable[Rung]) -> list[Rung]:
-    """Rungs that no other beats in both bytes and price: KVTuner's intra-layer pruning (arXiv:2502.04420)."""
+    """Rungs that no other beats in both bytes and price:
+    KVTuner's intra-layer pruning (arXiv:2502.04420)."""
     kept: list[Rung] = []
     for rung in sorted(rungs, key=lambda rung: (rung.bytes, rung.price)):
         if not kept or rung.price < kept[-1].price:
@@ -124,7 +148,10 @@ def _knapsack(places: Sequence[tuple[Place, Rung]], groups: int, budget: int) ->
         prices / prices.max(),
         integrality=np.ones(len(places)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / unit, -np.inf, budget / unit)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(sizes[None] / unit, -np.inf, budget / unit),
+        ],
         options={"mip_rel_gap": 1e-6},
     )
     assert found.x is not None, f"budget {budget} is below the smallest cache"
@@ -132,20 +159,30 @@ def _knapsack(places: Sequence[tuple[Place, Rung]], groups: int, budget: int) ->
 
 
 def _grouped(
-    own: list[Place], rungs: Mapping[Place, Sequence[Rung]], ladders: Mapping[Place, Sequence[Rung]], count: int
+    own: list[Place],
+    rungs: Mapping[Place, Sequence[Rung]],
+    ladders: Mapping[Place, Sequence[Rung]],
+    count: int,
 ) -> list[list[Place]]:
-    """Average linkage over the mean distance of log prices plus the Jaccard distance of surviving settings."""
+    """Average linkage over the mean distance of log prices plus
+    the Jaccard distance of surviving settings."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
     if len(own) <= count:
         return [[place] for place in own]
     distances = [_distance(a, b, rungs, ladders) for i, a in enumerate(own) for b in own[i + 1 :]]
     labels = fcluster(linkage(np.array(distances), "average"), count, "maxclust")
-    return [[place for place, label in zip(own, labels, strict=True) if label == wanted] for wanted in sorted(set(labels))]
+    return [
+        [place for place, label in zip(own, labels, strict=True) if label == wanted]
+        for wanted in sorted(set(labels))
+    ]
 
 
 def _distance(
-    a: Place, b: Place, rungs: Mapping[Place, Sequence[Rung]], ladders: Mapping[Place, Sequence[Rung]]
+    a: Place,
+    b: Place,
+    rungs: Mapping[Place, Sequence[Rung]],
+    ladders: Mapping[Place, Sequence[Rung]],
 ) -> float:
     left, right = ({r.chain: math.log(r.price + 1e-12) for r in rungs[place]} for place in (a, b))
     shared = [chain for chain in left if chain in right]

@@ -63,8 +63,16 @@ class Tuner:
     """A model, its texts and a run folder; each stage reuses what the folder already holds."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, texts: Texts, template: Recipe, folder: Path, *, name: str = "",
-        settings: Settings | None = None, say: Say = quiet,
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: Texts,
+        template: Recipe,
+        folder: Path,
+        *,
+        name: str = "",
+        settings: Settings | None = None,
+        say: Say = quiet,
     ) -> None:
         self.model, self.tokenizer, self.texts, self.template = model, tokenizer, texts, template
         self.folder, self.name, self.settings, self.say = folder, name, settings or Settings(), say
@@ -81,29 +89,45 @@ class Tuner:
                 self.say("profile reused", 1, 1)
                 return held
         made = calibrate(
-            self.model, self.tokenizer, self.texts["calibrate"], self.template, name=self.name,
-            sizes=self.settings.sizes, seed=self.settings.seed, exact=exact, say=self.say,
+            self.model,
+            self.tokenizer,
+            self.texts["calibrate"],
+            self.template,
+            name=self.name,
+            sizes=self.settings.sizes,
+            seed=self.settings.seed,
+            exact=exact,
+            say=self.say,
         )
         made.save(path)
         return made
 
-    def search(self, profile: Profile, resume: bool, seconds: float | None = None, anew: bool = False) -> list[Row]:
+    def search(
+        self, profile: Profile, resume: bool, seconds: float | None = None, anew: bool = False
+    ) -> list[Row]:
         """All rows of the study; the search goes on where it was left when `resume` is on."""
         bench = Bench(self.model, self._bank("search"), find_ropes(self.model))
         if missing := missing_cells(profile, self.choices):
-            profile = priced_further(self.model, bench.bank, profile, missing, self.settings.seed, self.say)
+            profile = priced_further(
+                self.model, bench.bank, profile, missing, self.settings.seed, self.say
+            )
         self._search = Search(bench, profile, self.choices, self.settings.goal)
         self._search.prepare(self.folder)
         storage = str(self.folder / runs.STUDY)
         if anew:
             fresh(storage, "kvtune")
         return self._search.run(
-            storage, self.settings.trials, self.settings.seed, resume, seconds,
+            storage,
+            self.settings.trials,
+            self.settings.seed,
+            resume,
+            seconds,
             on_trial=lambda row, total: self.say("trials", row.number + 1, total),
         )
 
     def prove(self, rows: list[Row]) -> list[Point]:
-        """Measures the study's front on text that neither calibration nor search saw, and writes the proved recipes.
+        """Measures the study's front on text that neither
+        calibration nor search saw, and writes the proved recipes.
 
         Kept are the points that no other measured recipe, uniform ones included, beats there.
         """
@@ -113,7 +137,9 @@ class Tuner:
         measured = []
         for done, row in enumerate(candidates):
             policies = self._search.policies(row.choice)
-            weight = weigh(policies, self.known, self.settings.goal.context, self.settings.goal.batch)
+            weight = weigh(
+                policies, self.known, self.settings.goal.context, self.settings.goal.batch
+            )
             measured.append((weight.bytes, bench.measure(policies).means()["kl"], row, policies))
             self.say("held-out text", done + 1, len(candidates))
         best = [m for m in measured if not any(o[0] <= m[0] and o[1] < m[1] for o in measured)]
@@ -134,11 +160,17 @@ class Tuner:
         tables = [point.table() for point in points]
         source = (self.folder / points[chosen].file).read_bytes()
         target = self.folder / runs.CHOSEN
-        write_atomic(target / "README.md", runs.card(
-            f"{label(self.name)}-kv", label(self.name), tables, chosen, command
-        ).encode())
+        write_atomic(
+            target / "README.md",
+            runs.card(f"{label(self.name)}-kv", label(self.name), tables, chosen, command).encode(),
+        )
         write_atomic(target / RECIPE_FILE, source)
-        summary = {"points": tables, "chosen": chosen, "model": label(self.name), **environment(self.model.device)}
+        summary = {
+            "points": tables,
+            "chosen": chosen,
+            "model": label(self.name),
+            **environment(self.model.device),
+        }
         runs.write_summary(self.folder, self.bound(), summary)
         return summary
 
@@ -169,14 +201,26 @@ class Tuner:
         return all(held.meta.get(name) == value for name, value in wanted.items())
 
     def _proved(
-        self, index: int, row: Row, policies: tuple[Policy, ...], kl: float, rival: float | None, bank: Bank
+        self,
+        index: int,
+        row: Row,
+        policies: tuple[Policy, ...],
+        kl: float,
+        rival: float | None,
+        bank: Bank,
     ) -> Point:
         goal = self.settings.goal
         weight = weigh(policies, self.known, goal.context, goal.batch)
-        bare = to_recipe(dict(enumerate(policies)), len(self.known.layers), name=f"{label(self.name)}-{weight.bits:.2f}")
+        bare = to_recipe(
+            dict(enumerate(policies)),
+            len(self.known.layers),
+            name=f"{label(self.name)}-{weight.bits:.2f}",
+        )
         quality = by_generation(self.model, load(bare, self.model), bank, self.settings.proof_steps)
         proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
-        point = Point(f"{runs.FRONT}/{index:02}.toml", f"{weight.bits:.2f} bits", row.origin, kl, rival, proof)
+        point = Point(
+            f"{runs.FRONT}/{index:02}.toml", f"{weight.bits:.2f} bits", row.origin, kl, rival, proof
+        )
         evidence = {
             **proof.table(),
             "texts": {role: text_digest(documents) for role, documents in self.texts.items()},
@@ -191,8 +235,12 @@ class Tuner:
     def _model_binding(self) -> ModelBinding:
         first = self.known.layers[self.known.compressible()[0]]
         return ModelBinding(
-            name=label(self.name), fingerprint=fingerprint(self.model), architecture=self.known.architecture,
-            layers=len(self.known.layers), kv_heads=first.kv_heads, head_dim=first.head_dim,
+            name=label(self.name),
+            fingerprint=fingerprint(self.model),
+            architecture=self.known.architecture,
+            layers=len(self.known.layers),
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
         )
 
 
@@ -215,5 +263,7 @@ def tune(tuner: Tuner, command: str = "kvtune tune") -> dict[str, Any]:
 def _candidates(rows: list[Row], most: int) -> list[Row]:
     """The uniform recipes that were measured, and an even choice of the study's front."""
     uniform = [row for row in rows if row.origin.startswith("uniform") and row.values]
-    others = sorted((row for row in front(rows) if row not in uniform), key=lambda row: row.attrs["bits"])
+    others = sorted(
+        (row for row in front(rows) if row not in uniform), key=lambda row: row.attrs["bits"]
+    )
     return uniform + spread(others, max(2, most - len(uniform)))

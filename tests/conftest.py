@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
 # model type, and what it has that the others have not
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_hidden_layers": 4, "head_dim": 64}),
-    "yi": ("llama", {"num_attention_heads": 7, "num_key_value_heads": 1, "rope_theta": 5e6}),
+    "yi": ("llama", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1, "rope_theta": 5e6}),
     "mistral": ("mistral", {"sliding_window": None, "num_attention_heads": 6}),
     "mistral-sliding": ("mistral", {"sliding_window": 24}),
     "qwen2": ("qwen2", {"head_dim": 32}),
@@ -48,7 +48,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": (
         "gemma2",
         {
-            "layer_types": [SLIDING, FULL],
+            "num_hidden_layers": 3,
+            "layer_types": [SLIDING, FULL, SLIDING],
             "sliding_window": 24,
             "query_pre_attn_scalar": 16,
             "attn_logit_softcapping": 5.0,
@@ -58,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {
             "num_hidden_layers": 3,
-            "layer_types": [FULL, SLIDING, FULL],
+            "layer_types": [SLIDING, FULL, SLIDING],
             "num_key_value_heads": 1,
             "sliding_window": 24,
             "query_pre_attn_scalar": 16,
@@ -186,6 +187,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for argument, found in (("name", MODELS), ("recipe_name", MADE)):
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, list(found))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny tensors are fastest on one thread; the demo model keeps them all."""
+    threads = torch.get_num_threads()
+    if "demo" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

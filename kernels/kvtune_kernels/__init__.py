@@ -1,4 +1,5 @@
-"""The public ops of the runtime: packing, group quantisation and attention over [B, H, T, D] tensors."""
+"""The public ops of the runtime: packing, group
+quantisation and attention over [B, H, T, D] tensors."""
 
 from kvtune_kernels.reference import attend, dequantize, pack, packed_width, quantize, unpack
 

@@ -1,4 +1,5 @@
-"""Packing and attention in plain torch: the definition of right that every kernel is tested against."""
+"""Packing and attention in plain torch: the definition of
+right that every kernel is tested against."""
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ def packed_width(width: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs codes [..., N] (uint8, each below 2**bits) into bytes [..., N * bits / 8].
 
-    Split order: with two codes a byte, byte j holds codes j and j + N/2; with four, j, j + N/4 and so on. Unpacking is
-    then elementwise and lands in contiguous runs, which suits both torch and a GPU tile. Three bits are a plane of the
-    low two bits followed by a plane of the high bit, so no code crosses a byte.
+    Split order: with two codes a byte, byte j holds codes j and j + N/2; with four, j, j + N/4 and
+    so on. Unpacking is then elementwise and lands in contiguous runs, which suits both torch and a
+    GPU tile. Three bits are a plane of the low two bits followed by a plane of the high bit, so no
+    code crosses a byte.
     """
     if bits == 8:
         return codes
@@ -40,11 +42,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises each group x [..., G, N] over its axis -2: codes [..., G, N], scale and zero [..., 1, N].
+    """Quantises each group x [..., G, N] over its axis -2:
+    codes [..., G, N], scale and zero [..., 1, N].
 
-    x is about codes * scale + zero. The minimum is subtracted first and all arithmetic is fp32: with
-    the usual round(min / scale) zero point, channels with a large constant offset lose bits (Qwen2.5's key biases).
-    Scale and zero are stored in 16 bits; zero is rounded down and scale up, so that no value is ever clipped.
+    x is about codes * scale + zero. The minimum is subtracted first and all arithmetic is fp32:
+    with the usual round(min / scale) zero point, channels with a large constant offset lose bits
+    (Qwen2.5's key biases). Scale and zero are stored in 16 bits; zero is rounded down and scale up,
+    so that no value is ever clipped.
     """
     store = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     limit, eps = torch.finfo(store).max, torch.finfo(store).eps
@@ -55,7 +59,9 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     step = (high - zero) / (2**bits - 1)
     scale = step.to(store)
     scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + eps**2).to(store), scale)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a constant group: all codes are 0
+    scale = torch.where(
+        scale == 0, torch.ones_like(scale), scale
+    )  # a constant group: all codes are 0
     codes = ((wide - zero) / scale).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
 
@@ -73,10 +79,12 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention: query [B, Hq, M, D], keys and values [B, H, T, D], mask [M, T] (True = seen) -> [B, Hq, M, D].
+    """Softmax attention: query [B, Hq, M, D], keys and values
+    [B, H, T, D], mask [M, T] (True = seen) -> [B, Hq, M, D].
 
-    Without a mask every query sees every key. The Hq / H query heads that share a kv head are folded into the query
-    axis, so keys and values are never repeated. `softcap` bounds the logits by softcap * tanh(logits / softcap).
+    Without a mask every query sees every key. The Hq / H query heads that share a kv head are
+    folded into the query axis, so keys and values are never repeated. `softcap` bounds the logits
+    by softcap * tanh(logits / softcap).
     """
     batch, query_heads, count, dim = query.shape
     groups = query_heads // keys.shape[1]
@@ -97,4 +105,5 @@ def _attend_softcapped(
     logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    return logits.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=wide).to(values.dtype) @ values

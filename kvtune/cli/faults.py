@@ -36,7 +36,9 @@ def fault(error: BaseException, resume: str = "") -> Fault:
         return Fault("Interrupted", said, hint, INTERRUPTED)
     # typer's own errors are of another class in each version, but all of them have this method
     if words := getattr(error, "format_message", None):
-        return Fault("UsageError", words(), "See: kvtune --help", getattr(error, "exit_code", USAGE))
+        return Fault(
+            "UsageError", words(), "See: kvtune --help", getattr(error, "exit_code", USAGE)
+        )
     if what := _exhausted(error):
         return Fault("ResourceError", *what, ResourceError.exit_code)
     first = (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,10 +1,10 @@
-"""A job: what a run folder was made from, kept in run.json, so that `search DIR` needs the folder only."""
+"""A job: what a run folder was made from, kept in it, so that `search DIR` needs nothing else."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +36,15 @@ class Job:
     @classmethod
     def of(cls, model: str, where: Where, text: Text, continuation: int, seed: int) -> Job:
         """The same, with paths that hold from any folder."""
-        data = ",".join(_absolute(part.strip()) for part in text.data.split(","))
-        settled = Text(data, text.sequences, text.context)
+        parts = [text.data] if Path(text.data).is_file() else text.data.split(",")
+        data = ",".join(_absolute(part.strip()) for part in parts)
+        settled = replace(text, data=data)
         return cls(_absolute(model), where, settled, continuation, seed)
+
+    def changed(self, seed: int | None, offline: bool) -> Job:
+        """The same with another seed, or with no network."""
+        where = replace(self.where, offline=offline or self.where.offline)
+        return replace(self, where=where, seed=self.seed if seed is None else seed)
 
     def save(self, folder: Path, template: Recipe) -> None:
         """Writes the job and its template into the run folder."""
@@ -70,7 +76,9 @@ class Job:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    # these two names win over files that are called so
+    there = name not in ("demo", "builtin") and Path(name).expanduser().exists()
+    return str(Path(name).expanduser().resolve()) if there else name
 
 
 def folder_for(output: Path | None, model: str) -> Path:
@@ -90,7 +98,7 @@ def template_of(name: str) -> Recipe:
 def open_model(out: Output, model: str, where: Where) -> tuple[Any, Any]:
     """Loads model and tokenizer, with the libraries as quiet as the user wants them."""
     if where.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported
+        go_offline()
     from kvtune.models import load_model
 
     if not out.manners.verbose:
@@ -101,11 +109,16 @@ def open_model(out: Output, model: str, where: Where) -> tuple[Any, Any]:
     return loaded
 
 
+def go_offline() -> None:
+    """Keeps the hub's library off the network; it reads this once, when it is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def _hush() -> None:
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def read_texts(text: Text, where: Where) -> dict[str, list[Document]]:

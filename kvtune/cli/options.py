@@ -20,9 +20,29 @@ _tokens: Options = partial(_text, parser=amounts.tokens, metavar="TOKENS")
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a GGUF folder, or demo.")
 ]
+
+
+def shipped_names() -> list[str]:
+    """For the shell's completion of RECIPE."""
+    from kvtune import shipped
+
+    return list(shipped.names())
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe's file or folder, or a shipped name.",
+        autocompletion=shipped_names,
+    ),
+]
 Folder = Annotated[
     Path | None,
     _output("-o", "--output", help="The run folder; kvtune-MODEL when left out."),
+]
+Template = Annotated[
+    str, _search("--template", help="What is opened to the search: a shipped name or a path.")
 ]
 DryRun = Annotated[
     bool, _output("--dry-run", help="Say what would run, how long, and what is downloaded.")

@@ -1,4 +1,4 @@
-"""What a verb prints: results on stdout, all else on stderr, or with --json one object for everything."""
+"""What a verb prints: results on stdout, all else on stderr, or one object with --json."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars with time left on a terminal, else plain lines; and the time of each stage."""
+"""Progress on stderr, bars on a terminal and else plain lines; and the time of each stage."""
 
 import os
 import time

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import typer
 
 from kvtune.cli.options import Manners
-from kvtune.cli.output import Output, perform
+from kvtune.cli.output import perform
 
 Work = Callable[..., None]
 

@@ -1,4 +1,5 @@
-"""Stores keys as they were before the rotary embedding (pre-RoPE keys; KVQuant, arXiv:2401.18079)."""
+"""Stores keys as they were before the rotary embedding
+(pre-RoPE keys; KVQuant, arXiv:2401.18079)."""
 
 from torch import Tensor
 
@@ -8,8 +9,8 @@ from kvtune.parts import Code, Codec, Site
 class Derope(Codec):
     """Turns keys back by their positions on the way in, and forward again on the way out.
 
-    Low-rank methods and per-channel statistics want keys before rotation; the turn is exact, so this part alone changes
-    nothing and saves nothing.
+    Low-rank methods and per-channel statistics want keys before rotation; the turn is exact, so
+    this part alone changes nothing and saves nothing.
     """
 
     needs = frozenset({"rope"})

@@ -1,0 +1,87 @@
+"""The command line: the verbs, each imported with nothing heavy, and the front door for errors."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kvtune.cli.output import complain, envelope
+
+ENDINGS = (
+    "Exit codes: 0 ok, 1 unexpected, 2 usage, 3 gate failed, 4 damaged or another model's, "
+    "5 unsupported, 6 out of memory or disk, 7 missing or offline, 130 interrupted (saved)."
+)
+
+
+def build() -> typer.Typer:
+    """The application with all its verbs."""
+    from kvtune.cli import apply, calibrate, doctor, methods, recipe, search, tune
+    from kvtune.cli.verb import add
+
+    app = typer.Typer(
+        help=_welcome.__doc__,
+        epilog=ENDINGS,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_welcome)
+    add(app, tune.tune, "tune")
+    add(app, calibrate.calibrate, "calibrate")
+    add(app, search.search, "search")
+    add(app, apply.apply, "apply")
+    recipes = typer.Typer(help="Read, check and compare recipes; no model is loaded.")
+    for name, work in recipe.VERBS.items():
+        add(recipes, work, name, f"recipe.{name}")
+    app.add_typer(recipes, name="recipe", no_args_is_help=True)
+    add(app, methods.methods, "methods")
+    add(app, doctor.doctor, "doctor")
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kvtune import __version__
+
+        print(f"kvtune {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+]
+
+
+def _welcome(version: Version = False) -> None:
+    """Measured KV-cache compression for your model: calibrate, search and prove recipes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = build()(args=words, prog_name="kvtune", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # nobody reads any more; the interpreter must not try to flush once again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _refused(error, words)
+    return int(code or 0)
+
+
+def _refused(error: Exception, words: Sequence[str]) -> int:
+    """Says what is wrong with a command line before its verb began."""
+    from kvtune.cli.faults import fault
+
+    failed = fault(error)
+    if "--json" in words:
+        named = [word for word in words if not word.startswith("-")]
+        verb = ".".join(named[: 2 if named[:1] == ["recipe"] else 1]) or "kvtune"
+        print(envelope(verb, {}, [], failed))
+    else:
+        complain(failed)
+    return failed.exit_code

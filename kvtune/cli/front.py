@@ -1,0 +1,59 @@
+"""The proved front as a table, and what to do next."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kvtune.cli.amounts import clock, size
+from kvtune.cli.output import Output
+
+CHOSEN = "chosen"
+ASK = "Why is the sky blue?"
+
+
+def show(out: Output, summary: dict[str, Any], folder: Path, model: str, max_kl: float) -> None:
+    """Prints the front, the chosen recipe and the next command; fills the data of --json."""
+    points, at = summary["points"], summary["chosen"]
+    place = str(folder / CHOSEN)
+    command = shlex.join(["kvtune", "apply", place, "--model", model, "--prompt", ASK])
+    kept = {name: value for name, value in summary.items() if name != "binding"}
+    seconds = {stage: round(spent, 3) for stage, spent in out.say.seconds.items()}
+    places = {"folder": str(folder), "recipe": place, "next": command}
+    out.data |= {**kept, **places, "seconds": seconds}
+    first = points[0]
+    if points[at]["kl"] > max_kl:
+        out.warn(f"No recipe is within --max-kl {max_kl:g}; the most accurate one was chosen.")
+    out.print(
+        _table(points, at),
+        f"Bytes at {first['bytes_context']:,} tokens, batch {first['batch']}; KL in nats, over "
+        f"{first['positions']:,} positions of held-out text after {first['context']:,} tokens.",
+        f"Chosen (*): {place}, {size(points[at]['bytes'])}, "
+        f"{points[at]['ratio']:.2f}x smaller than 16 bit.",
+        f"Stages took {clock(sum(seconds.values()))}. Next:\n\n  {command}",
+    )
+
+
+def _table(points: list[dict[str, Any]], chosen: int) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("bits", "smaller", "KL", "95 % interval", "flips", "KL, one pass", "best uniform"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, point in enumerate(points):
+        table.add_row("*" if index == chosen else "", *_cells(point))
+    return table
+
+
+def _cells(point: dict[str, Any]) -> list[str]:
+    rival = point["best_uniform_kl"]
+    return [
+        f"{point['bits']:.2f}",
+        f"{point['ratio']:.2f}x",
+        f"{point['kl']:.4f}",
+        f"{point['kl_low']:.4f} to {point['kl_high']:.4f}",
+        f"{point['flips']:.1%}",
+        f"{point['held_out_kl']:.4f}",
+        "none" if rival is None else f"{rival:.4f}",
+    ]

@@ -1,0 +1,108 @@
+"""Recipes in words: policies, bytes and measured numbers, without loading a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvtune.errors import UsageError
+from kvtune.spans import resolve, write
+
+if TYPE_CHECKING:
+    from kvtune.recipe import LayerPolicy, ModelBinding, Recipe
+
+Words = dict[str, str]  # what a layer does: exact tokens, keys, values
+DENSE: Words = {"exact": "all", "keys": "16-bit", "values": "16-bit"}
+
+
+def policy(entry: LayerPolicy) -> Words:
+    """What an entry of a recipe does, in three short texts."""
+    sides = {side: chain(getattr(entry.kept, side)) for side in ("keys", "values")}
+    if set(sides.values()) == {DENSE["keys"]}:
+        return DENSE
+    held = {"first": entry.sinks, "last": entry.recent}
+    exact = ", ".join(f"{where} {count}" for where, count in held.items() if count)
+    return {"exact": exact or "none", **sides}
+
+
+def chain(tables: tuple[dict[str, Any], ...]) -> str:
+    """A chain of codecs; `search` stands where a template is open."""
+    return " > ".join(_codec(table) for table in tables) or DENSE["keys"]
+
+
+def _codec(table: Mapping[str, Any]) -> str:
+    from kvtune import parts
+
+    open_ = parts.SEARCH in table.values()
+    whole = dict(table) if open_ else parts.parse(table).table()
+    settings = " ".join(f"{key}={value}" for key, value in whole.items() if key != "use")
+    return f"{whole['use']} {settings}".strip()
+
+
+def layers(recipe: Recipe, count: int) -> list[Words]:
+    """What each of `count` layers does."""
+    if not recipe.layers:
+        return [DENSE] * count
+    said = [policy(entry) for entry in recipe.layers]
+    return [said[owner] for owner in resolve([entry.span for entry in recipe.layers], count)]
+
+
+def weight(binding: ModelBinding, recipe: Recipe, context: int, batch: int) -> dict[str, Any]:
+    """What a recipe stores for the model that it names, to the last scale."""
+    from kvtune.cache import weigh
+    from kvtune.models import FULL, Facts, LayerFacts
+
+    layer = LayerFacts(FULL, binding.kv_heads, binding.kv_heads, binding.head_dim)
+    known = Facts(binding.architecture, (layer,) * binding.layers, context, 0)
+    found = weigh(recipe.policies(known), known, context, batch)
+    return {
+        "bytes": found.bytes,
+        "dense_bytes": found.dense_bytes,
+        "ratio": found.ratio,
+        "bits": found.bits,
+        "payload_bits": found.payload_bits,
+        "bytes_context": context,
+        "batch": batch,
+    }
+
+
+def differences(left: Recipe, right: Recipe, count: int) -> list[dict[str, Any]]:
+    """The layers in which two recipes differ, equal differences together."""
+    found: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    pairs = zip(layers(left, count), layers(right, count), strict=True)
+    for layer, (a, b) in enumerate(pairs):
+        if a != b:
+            found.setdefault((tuple(a.values()), tuple(b.values())), []).append(layer)
+    return [
+        {
+            "layers": write(own),
+            "left": dict(zip(DENSE, a, strict=True)),
+            "right": dict(zip(DENSE, b, strict=True)),
+        }
+        for (a, b), own in found.items()
+    ]
+
+
+def layer_count(left: Recipe, right: Recipe, wanted: int | None) -> int:
+    """How many layers to compare: those of the models that the recipes name.
+
+    Raises:
+        UsageError: models of different depth.
+    """
+    known = {recipe.model.layers for recipe in (left, right) if recipe.model}
+    if len(known) > 1:
+        told = " and ".join(map(str, sorted(known)))
+        raise UsageError(
+            f"The recipes are for models of {told} layers.", "Compare two of one model."
+        )
+    return known.pop() if known else wanted or 32
+
+
+def numbers(recipe: Recipe) -> dict[str, float]:
+    """The measured numbers of a recipe."""
+    kinds = (int, float)
+    return {
+        name: value
+        for name, value in recipe.measured.items()
+        if isinstance(value, kinds) and not isinstance(value, bool)
+    }

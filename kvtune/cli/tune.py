@@ -1,0 +1,58 @@
+"""kvtune tune: the whole job, from a model to a proved front and a chosen recipe."""
+
+from typing import Annotated
+
+import typer
+
+from kvtune.cli.options import (
+    Continuation,
+    Count,
+    DryRun,
+    Folder,
+    MaxKl,
+    Model,
+    Seed,
+    Template,
+    Text,
+    Time,
+    Trials,
+    Where,
+)
+from kvtune.cli.output import Output
+
+
+def tune(
+    out: Output,
+    model: Model,
+    where: Where,
+    text: Text,
+    count: Count,
+    output: Folder = None,
+    template: Template = "search-affine",
+    continuation: Continuation = 128,
+    trials: Trials = 40,
+    time: Time = None,
+    max_kl: MaxKl = 0.02,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the folder's search.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Calibrate, search and prove: the whole job for MODEL.
+
+    What the run folder already holds is used again, so the same command goes on after an
+    interruption.
+    """
+    from kvtune.cli import front, plan, run
+    from kvtune.cli.job import Job, folder_for, template_of
+
+    job = Job.of(model, where, text, continuation, seed)
+    folder, opened = folder_for(output, model), template_of(template)
+    if dry_run:
+        return plan.show(out, job, opened, count, folder, trials=trials)
+    limits = run.Limits(run.study_of(folder), seconds=time, anew=fresh)
+    run.check_study(limits)
+    out.resume = run.command_line()
+    tuner = run.open_run(out, job, folder, opened, count, limits, trials=trials, max_kl=max_kl)
+    job.save(folder, opened)
+    summary = run.finished(tuner, out.resume)
+    front.show(out, summary, folder, model, max_kl)
