@@ -75,7 +75,7 @@ class CompressedLayer(CacheLayerMixin):
             return self.groups[0].rows.attend(query, keys, values, scale, softcap)
         out = torch.zeros_like(query)
         for members, pad, rows in self.groups:
-            skip = pad if rows.seen == 0 else 0
+            skip = max(0, pad - (self.seen - keys.shape[2]))
             q, k, v = (x[members][:, :, skip:] for x in (query, keys, values))
             out[members, :, skip:] = rows.attend(q, k, v, scale, softcap)
         return out
@@ -128,7 +128,8 @@ class CompressedLayer(CacheLayerMixin):
             )
         if tokens_to_remove == 0 or not self.groups:
             return
-        for group in self.groups:
+        # the row with the shortest window first: a refused crop takes nothing
+        for group in sorted(self.groups, key=lambda group: group.rows.exact):
             group.rows.crop(-tokens_to_remove)
         self.seen += tokens_to_remove
 

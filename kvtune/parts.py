@@ -1,5 +1,4 @@
-"""Parts: the mechanisms that recipes are made of, their
-kinds, their marks, and how they are found by file name."""
+"""Parts: the mechanisms that recipes are made of, their kinds, and how they are found by name."""
 
 from __future__ import annotations
 
@@ -13,83 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from kvtune.errors import UsageError, suggest
+from kvtune.marks import Between, OneOf, Setting
 from kvtune.rope import Rope
 
 SEARCH = "search"  # the value that opens a setting in a template
-Setting = int | float | str | bool
 Table = dict[str, Setting]
-
-
-class OneOf(NamedTuple):
-    """A mark: the setting is one of these values."""
-
-    choices: tuple[Setting, ...]
-
-    def legal(self) -> tuple[Setting, ...]:
-        """All values, in order."""
-        return self.choices
-
-    def validate(self, value: Setting) -> Setting:
-        """Returns the value, or raises ValueError."""
-        if value not in self.choices or isinstance(value, bool):
-            raise ValueError(f"{value!r} is not one of {', '.join(map(repr, self.choices))}")
-        return value
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.validate, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"enum": list(self.choices)}
-
-
-class Between(NamedTuple):
-    """A mark: the setting is a whole number from low to high, in steps."""
-
-    low: int
-    high: int
-    step: int = 1
-
-    def legal(self) -> tuple[Setting, ...]:
-        """All values, in order."""
-        return tuple(range(self.low, self.high + 1, self.step))
-
-    def validate(self, value: int) -> int:
-        """Returns the value, or raises ValueError."""
-        if value not in range(self.low, self.high + 1, self.step):
-            raise ValueError(
-                f"{value} is not between {self.low} and {self.high} in steps of {self.step}"
-            )
-        return value
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.validate, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {
-            "type": "integer",
-            "minimum": self.low,
-            "maximum": self.high,
-            "multipleOf": self.step,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +32,7 @@ class Site:
     positions: Tensor  # [T], the true index of each token
     dtype: torch.dtype
     rope: Rope | None = None
-    tensors: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # this part's tensors of the artifact
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # "svd.basis": of this side
 
 
 class Code(NamedTuple):

@@ -72,18 +72,24 @@ class Rows:
             sides.append(torch.cat(found, 2) if len(found) > 1 else found[0])
         return sides[0], sides[1]
 
+    @property
+    def exact(self) -> int:
+        """How many of the last tokens are still exact: the window, and all while none is paged."""
+        assert self._recent is not None
+        return self._recent[0].shape[2] if self.keys.tokens else self.seen
+
     def crop(self, count: int) -> None:
-        """Forgets the last `count` tokens; UnsupportedError when
-        they are no longer in the recent window."""
-        held = self._recent[0].shape[2] if self._recent else 0
-        if count > held:
+        """Forgets the last `count` tokens; UnsupportedError when they are no longer exact."""
+        if count > self.exact:
             raise UnsupportedError(
-                f"Cannot crop {count} tokens: only the last {held} are still exact.",
+                f"Cannot crop {count} tokens: only the last {self.exact} are still exact.",
                 "Use a recipe with more `recent`.",
             )
-        assert self._recent is not None
         self.seen -= count
-        self._recent = _map(self._recent, lambda x: x[:, :, : held - count].clone())
+        sinks = min(self.policy.sinks, self.seen)
+        held = self.seen - sinks - self.keys.tokens
+        self._sinks = _map(self._sinks, lambda x: x[:, :, :sinks].clone())
+        self._recent = _map(self._recent, lambda x: x[:, :, :held].clone())
 
     def select(self, rows: Tensor) -> Rows:
         """Other batch rows of the same tokens: beams, samples."""

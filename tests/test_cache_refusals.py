@@ -107,21 +107,32 @@ def test_a_crop_to_a_length_is_refused(prompted: CompressedCache) -> None:
         prompted.crop(100)
 
 
-def test_a_refused_crop_of_one_row_leaves_all_rows(
+def test_a_crop_that_one_row_refuses_takes_nothing_from_the_others(
     llama: Any, recipe_of: Any, draw: Any, play: Any
 ) -> None:
-    """Rows of different padding hold windows of different length."""
-    tokens, recipe = draw(2, 140), recipe_of(WINDOWED)
-    mask = (torch.arange(140) >= torch.tensor([[0], [20]])).long()
+    """Rows of different padding hold windows of different length: 95 and 75 tokens."""
+    tokens, recipe = draw(2, 107), recipe_of(WINDOWED)
+    mask = (torch.arange(107) >= torch.tensor([[0], [20]])).long()
     cache = load(recipe, llama)
-    play(llama, cache, tokens, [140], mask)
+    play(llama, cache, tokens[:, :98], [98], mask[:, :98])
     with pytest.raises(UnsupportedError, match="crop"):
         cache.crop(-80)
-    whole, more = torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], 1), draw(2, 9)
-    found = play(llama, cache, more, [9], whole)
-    other = load(recipe, llama)
-    expected = play(llama, other, torch.cat([tokens, more], 1), [140, 9], whole)[:, 140:]
+    found = play(llama, cache, tokens[:, 98:], [9], mask)
+    expected = play(llama, load(recipe, llama), tokens, [98, 9], mask)[:, 98:]
     torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_a_row_that_is_cropped_to_its_padding_starts_anew(
+    llama: Any, recipe_of: Any, draw: Any, play: Any
+) -> None:
+    tokens, recipe = draw(2, 90), recipe_of(WINDOWED)
+    mask = (torch.arange(90) >= torch.tensor([[0], [12]])).long()
+    cache = load(recipe, llama)
+    play(llama, cache, tokens[:, :20], [20], mask[:, :20])
+    cache.crop(-8)
+    found = play(llama, cache, tokens[:, 12:], [78], mask)
+    alone = play(llama, load(recipe, llama), tokens[1:, 12:], [78])
+    torch.testing.assert_close(found[1], alone[0], **TIGHT)
 
 
 @pytest.mark.parametrize("kept", [67, 68, 70, 90, 139])

@@ -104,6 +104,7 @@ def _attend_softcapped(
     logits = query @ keys.transpose(-1, -2) * scale
     logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
+        # not -inf: a query of padding sees nothing, and NaN would spread from it to all later layers
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(-1, dtype=wide).to(values.dtype) @ values

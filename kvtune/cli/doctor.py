@@ -14,7 +14,7 @@ def doctor(out: Output) -> None:
     from kvtune.cli.checks import every
 
     checks = []
-    for name, run in (found := every()):
+    for _name, run in (found := every()):
         checks.append(run())
         out.say("checks", len(checks), len(found))
     out.data["checks"] = [vars(check) for check in checks]
