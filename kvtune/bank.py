@@ -66,7 +66,7 @@ class Bank:
         """The token after each of them [N, M]."""
         return self.tokens[:, self.context + 1 :]
 
-    def dense_layer(self, layer: int, rows: slice = slice(None)) -> Any:
+    def dense_layer(self, layer: int, rows: slice | list[int] = slice(None)) -> Any:
         """A stock cache layer that holds the context of the given sequences."""
         if layer in self.others:
             held = copy.copy(

@@ -156,11 +156,8 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
         length = context if layer.window is None else min(context, layer.window - 1)
         full = 4 * layer.kv_heads * layer.head_dim * length
         dense += full
-        stored += (
-            full
-            if policy.is_dense
-            else layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
-        )
+        sides = layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
+        stored += full if policy.is_dense else sum(sides)
     chains = [
         chain for i in known.compressible() for chain in (policies[i].keys, policies[i].values)
     ]
@@ -168,12 +165,12 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
     return Weight(stored * batch, dense * batch, payload)
 
 
-def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> int:
-    """Bytes of one compressed layer after a prompt of `context` tokens, batch 1."""
+def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
+    """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens, batch 1."""
     layer = CompressedLayer(policy, sites(0, _NO_ROPE, {}))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
     layer.fill(x, x.clone())
-    return layer.nbytes
+    return layer.groups[0].rows.nbytes
 
 
 _NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

@@ -100,7 +100,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that the allocator holds for this layer."""
-        return sum(group.rows.nbytes for group in self.groups)
+        return sum(sum(group.rows.nbytes) for group in self.groups)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: the next token's place in the padded batch."""

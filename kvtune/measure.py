@@ -4,6 +4,7 @@ from the bank, through the runtime that ships."""
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
 from kvtune.cache import sites
+from kvtune.errors import ResourceError
 from kvtune.layer import CompressedLayer
 from kvtune.recipe import Policy
 from kvtune.rope import Rope
@@ -36,11 +38,15 @@ class Quality:
         }
 
 
-def compare(dense: Tensor, logits: Tensor, targets: Tensor) -> Quality:
+def compare(dense: Tensor | Sequence[Tensor], logits: Tensor, targets: Tensor) -> Quality:
     """Compares dense log-probabilities [N, M, V] with logits
     [N, M, V]; one sequence at a time bounds memory."""
     rows = [_compare_row(*row) for row in zip(dense, logits, targets, strict=True)]
     return Quality(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _columns(quality: Quality) -> tuple[Tensor, Tensor, Tensor]:
+    return quality.kl, quality.flips, quality.dnll
 
 
 def _compare_row(dense: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,16 +66,34 @@ class Bench:
         self._memo: OrderedDict[tuple[int, Policy], CompressedLayer] = OrderedDict()
         self._held = 0
 
-    @torch.no_grad()
     def measure(self, policies: tuple[Policy, ...], memo: bool = True) -> Quality:
-        """Runs the continuation teacher-forced in one forward on
-        contexts stored under the policies.
+        """Runs the continuation teacher-forced in one forward on contexts stored under policies.
 
         Without `memo` nothing is kept for a later call: right for policies that come only once.
+        When memory runs out the sequences are halved.
+
+        Raises:
+            ResourceError: one sequence alone does not fit.
         """
-        layers = [self._layer(index, policy, memo) for index, policy in enumerate(policies)]
-        logits = self.model(self.bank.inputs, past_key_values=Cache(layers=layers)).logits
-        return compare(self.bank.logp, logits, self.bank.targets)
+        return self._measured(policies, list(range(self.bank.tokens.shape[0])), memo)
+
+    def _measured(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> Quality:
+        try:
+            return self._forward(policies, rows, memo)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                hint = "Give a smaller --context, or --device cpu."
+                raise ResourceError("One sequence does not fit into memory.", hint) from None
+        half = len(rows) // 2  # out here the failed forward's tensors are free again
+        parts = [self._measured(policies, part, memo) for part in (rows[:half], rows[half:])]
+        return Quality(*(torch.cat(column) for column in zip(*map(_columns, parts), strict=True)))
+
+    @torch.no_grad()
+    def _forward(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> Quality:
+        bank = self.bank
+        layers = [self._layer(index, policy, rows, memo) for index, policy in enumerate(policies)]
+        logits = self.model(bank.inputs[rows], past_key_values=Cache(layers=layers)).logits
+        return compare([bank.logp[row] for row in rows], logits, bank.targets[rows])
 
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""
@@ -77,10 +101,14 @@ class Bench:
         made.fill(self.bank.keys[layer], self.bank.values[layer])
         return made
 
-    def _layer(self, index: int, policy: Policy, memo: bool) -> Any:
+    def _layer(self, index: int, policy: Policy, rows: list[int], memo: bool) -> Any:
+        part = len(rows) < self.bank.tokens.shape[0]
         if policy.is_dense:
-            return self.bank.dense_layer(index)
-        return self._memoised(index, policy).fork() if memo else self.filled(index, policy)
+            return self.bank.dense_layer(index, rows) if part else self.bank.dense_layer(index)
+        layer = self._memoised(index, policy).fork() if memo else self.filled(index, policy)
+        if part:
+            layer.batch_select_indices(torch.tensor(rows))
+        return layer
 
     def _memoised(self, layer: int, policy: Policy) -> CompressedLayer:
         key = (layer, policy)

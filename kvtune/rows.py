@@ -108,12 +108,11 @@ class Rows:
         return twin
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held for keys and values, metadata, sinks and window included."""
-        dense = [tensor for pair in (self._sinks, self._recent) if pair for tensor in pair]
-        return (
-            self.keys.nbytes + self.values.nbytes + sum(x.untyped_storage().nbytes() for x in dense)
-        )
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes held for keys, and for values: metadata, sinks and window included."""
+        pairs = [pair for pair in (self._sinks, self._recent) if pair]
+        keys, values = (sum(x[side].untyped_storage().nbytes() for x in pairs) for side in (0, 1))
+        return self.keys.nbytes + keys, self.values.nbytes + values
 
     def _extend(self, keys: Tensor, values: Tensor) -> None:
         self.seen += keys.shape[2]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -52,24 +53,16 @@ class Surrogate:
         """Prices come from the profile, times each side's scale;
         bytes from the runtime at the context length."""
         prices = profile.prices()
-        sizes: dict[tuple[Policy, int, int], int] = {}
+        weighed = cache(layer_bytes)  # most layers are alike
         rungs: dict[Place, tuple[Rung, ...]] = {}
         for layer, own in choices.items():
-            heads, dim = known.layers[layer].kv_heads, known.layers[layer].head_dim
-            dense = 2 * heads * dim * context
+            shape = known.layers[layer].kv_heads, known.layers[layer].head_dim, context
             for side in SIDES:
                 found = []
                 for chain in own.chains(side):
-                    policy = own.cell(side, chain)
-                    key = (policy, heads, dim)
-                    if key not in sizes:
-                        sizes[key] = (
-                            dense
-                            if policy.is_dense
-                            else layer_bytes(policy, heads, dim, context) - dense
-                        )
+                    size = weighed(_paired(own, side, chain), *shape)[SIDES.index(side)]
                     cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
-                    found.append(Rung(chain, sizes[key], prices[cell] * scales.get(side, 1.0)))
+                    found.append(Rung(chain, size, prices[cell] * scales.get(side, 1.0)))
                 rungs[layer, side] = tuple(sorted(found, key=lambda rung: (rung.bytes, rung.price)))
         return cls(rungs, {place: tuple(undominated(found)) for place, found in rungs.items()})
 
@@ -116,6 +109,13 @@ class Surrogate:
             at = _nearest(ladder, self.rungs[place], chosen[place])
             result[place] = ladder[min(max(at + steps, 0), len(ladder) - 1)].chain
         return result
+
+
+def _paired(own: Opened, side: Side, chain: Chain) -> Policy:
+    """The side beside the other side's longest blocks, which both sides' windows wait for."""
+    if side == "keys":
+        return own.policy(chain, max(own.values, key=lambda other: other.block))
+    return own.policy(max(own.keys, key=lambda other: other.block), chain)
 
 
 def undominated(rungs: Iterable[Rung]) -> list[Rung]:

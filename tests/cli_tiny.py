@@ -1,6 +1,8 @@
-"""For the tests of the command line: tiny models with tokenizers, a text, and calls of the front door."""
+"""For the tests of the command line: tiny models with tokenizers, a text, and calls."""
 
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -34,6 +36,14 @@ class Said(NamedTuple):
         return " ".join(self.err.split())
 
 
+def called(*words: str | Path) -> Said:
+    """Returns what a call printed, for fixtures that outlive a test."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return Said(code, out.getvalue(), err.getvalue())
+
+
 class Caller:
     """Calls kvtune as a shell would, in this process."""
 
@@ -59,6 +69,14 @@ class Caller:
         jsonschema.validate(found["data"], {**whole, "$defs": SCHEMAS["$defs"]})
         assert said.code == (found["error"]["exit_code"] if found["error"] else 0)
         return found
+
+
+@pytest.fixture
+def kv(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Caller:
+    """Calls kvtune; the hub is never asked."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return Caller(capsys)
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:

@@ -170,19 +170,18 @@ def bearer(recipe_name: str) -> Any:
     raise AssertionError(f"{recipe_name} fits no tiny model")
 
 
-def cases() -> Iterator[Any]:
-    """Yields every tiny model with every recipe made here, and every shipped recipe with its bearer."""
-    for name in COMPRESSIBLE:
-        for recipe_name in MADE:
-            yield pytest.param((name, recipe_name), id=f"{name}-{recipe_name}")
-    for recipe_name in RUNNABLE:
-        yield pytest.param(("", recipe_name), id=recipe_name)
+def cases(models: Sequence[str]) -> list[Any]:
+    """Returns these models with every recipe made here, and every shipped recipe with its bearer."""
+    pairs = [(name, recipe_name) for name in models for recipe_name in MADE]
+    pairs += [("", recipe_name) for recipe_name in RUNNABLE]
+    return [pytest.param(pair, id="-".join(filter(None, pair))) for pair in pairs]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Spreads `case` over models with recipes, `name` over models, `recipe_name` over recipes."""
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", list(cases()), indirect=True)
+    for argument, models in (("case", COMPRESSIBLE), ("llama_case", ("llama",))):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, cases(models), indirect=True)
     given = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
     for argument, found in (("name", MODELS), ("recipe_name", MADE)):
         if argument in metafunc.fixturenames and argument not in given:
@@ -202,7 +201,16 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """A model, and what makes its empty compressed cache."""
-    name, recipe_name = request.param
+    yield from _case(*request.param)
+
+
+@pytest.fixture
+def llama_case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """As `case`, for laws that do not ask what kind of model it is."""
+    yield from _case(*request.param)
+
+
+def _case(name: str, recipe_name: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
     if name:
         model, recipe = tiny(name), made(recipe_name)
         yield from _guarded(model, lambda: load(recipe, model))

@@ -35,13 +35,7 @@ def load_tiny() -> ModuleType:
 
 
 TINY = load_tiny()
-
-
-@pytest.fixture
-def kv(capsys, monkeypatch):
-    """Calls kvtune; the hub is never asked."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return TINY.Caller(capsys)
+kv = TINY.kv
 
 
 @pytest.fixture
@@ -202,7 +196,9 @@ def test_a_method_is_shown_with_its_settings_and_their_legal_values(kv, name):
 
 def test_recipe_list_names_all_that_is_shipped(kv):
     rows = kv.json("recipe", "list")["data"]["recipes"]
-    assert {row["name"] for row in rows} == {path.stem for path in (ROOT / "recipes").glob("*.toml")}
+    assert {row["name"] for row in rows} == {
+        path.stem for path in (ROOT / "recipes").glob("*.toml")
+    }
     assert {row["kind"] for row in rows} == {"recipe", "template"}
     said = kv("recipe", "list")
     assert all(row["name"] in said.out for row in rows)

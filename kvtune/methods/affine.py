@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from kvtune_kernels import dequantize, pack, quantize, unpack
 from torch import Tensor
 
-from kvtune.parts import Code, OneOf, Quantizer, Site
+from kvtune.marks import OneOf
+from kvtune.parts import Code, Quantizer, Site
 
 
 class Affine(Quantizer):
