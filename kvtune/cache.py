@@ -166,7 +166,7 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
 
 
 def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
-    """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens, batch 1."""
+    """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
     layer = CompressedLayer(policy, sites(0, _NO_ROPE, {}))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
     layer.fill(x, x.clone())

@@ -63,6 +63,8 @@ class Between(NamedTuple):
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
+        if self.low % self.step:  # JSON Schema counts steps from zero
+            return {"enum": list(self.legal())}
         return {
             "type": "integer",
             "minimum": self.low,

@@ -18,7 +18,9 @@ from kvtune.files import canonical_json
 from kvtune.rope import Rope
 
 FULL = "full_attention"
-_KV_WEIGHT = re.compile(r"\.(k_proj|v_proj|qkv_proj|query_key_value|Wqkv|k_norm)\.(weight|bias)$")
+_KV_WEIGHT = re.compile(
+    r"\.(k_proj|v_proj|qkv_proj|query_key_value|Wqkv|c_attn|k_norm)\.(weight|bias)$"
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def _refuse_unsupported(config: Any, text: Any) -> None:
         raise UnsupportedError(
             f"{name} is an encoder-decoder model; kvtune works on decoder-only language models."
         )
-    if config.model_type not in CAUSAL or (
-        config.architectures and not re.search("CausalLM|LMHead|Conditional", name)
-    ):
+    head = (config.architectures or [CAUSAL.get(config.model_type, "")])[0]
+    # a BERT with a language modelling head sees both ways unless it is told to be a decoder
+    both_ways = getattr(config, "is_decoder", True) is False and "CausalLM" not in head
+    if both_ways or not re.search("CausalLM|LMHead|Conditional", head):
         raise UnsupportedError(
             f"{name} is no causal language model (encoder-only models keep no KV cache)."
         )
@@ -202,13 +205,19 @@ def fingerprint(model: Any) -> str:
     known = facts(model.config)
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None)
-    shape = [known.architecture, [vars(layer) for layer in known.layers], known.vocab, rope]
+    # not the architecture, which a config has only once it was saved
+    shape = [text.model_type, [vars(layer) for layer in known.layers], known.vocab, rope]
     total = hashlib.sha256(canonical_json(shape).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        if _KV_WEIGHT.search(name):
-            raw = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-            total.update(f"{name} {tuple(weight.shape)} ".encode())
-            total.update(raw.numpy().tobytes())
+    weights = {name: w for name, w in model.state_dict().items() if _KV_WEIGHT.search(name)}
+    if not weights:
+        raise UnsupportedError(
+            f"{type(model).__name__} names its key and value weights in a way that kvtune does not "
+            "know, so it cannot be told from other models."
+        )
+    for name, weight in sorted(weights.items()):
+        raw = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+        total.update(f"{name} {tuple(weight.shape)} ".encode())
+        total.update(raw.numpy().tobytes())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -219,6 +228,9 @@ def ropes(model: Any) -> dict[int, Rope]:
         UnsupportedError: no rotary module, frequencies that change with the length, or keys that do
         not turn back.
     """
+    full = facts(model.config).compressible()
+    if not full:
+        return {}
     module = next(
         (m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None
     )
@@ -236,7 +248,7 @@ def ropes(model: Any) -> dict[int, Rope]:
     for interleaved in (False, True):
         rope = Rope(module, layer_type, interleaved)
         if _turns_back(model, rope):
-            return dict.fromkeys(facts(model.config).compressible(), rope)
+            return dict.fromkeys(full, rope)
     raise UnsupportedError(
         f"{name} rotates its keys in a way that kvtune does not know: leave out derope."
     )

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic import PlainSerializer as Serializer
 
 from kvtune import parts
@@ -18,10 +26,11 @@ from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
 from kvtune.parts import SEARCH, Chain, Codec
-from kvtune.spans import resolve
+from kvtune.spans import check, resolve
 
 FORMAT = 1
 MAX_BYTES = 1 << 20  # a recipe is small; anything larger is not read
+DEEPEST = 16  # levels of [measured]
 RECIPE_FILE = "recipe.toml"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -65,8 +74,9 @@ def _codecs_schema() -> dict[str, Any]:
     return {"type": "array", "items": {"oneOf": branches}}
 
 
+# `schema` puts the methods in; they are looked for when they are asked for, not on import
 Tables = Annotated[
-    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"$ref": "#/$defs/Codecs"})
+    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"type": "array"})
 ]
 
 
@@ -77,10 +87,22 @@ class Tier(_Model):
     values: Tables = ()
 
 
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # TOML knows lists only
+
+
+def _sound(span: str) -> str:
+    try:
+        check(span)
+    except UsageError as error:
+        raise ValueError(str(error).removesuffix(".")) from None
+    return span
+
+
 class LayerPolicy(_Model):
     """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7")."""
 
-    span: str
+    span: Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
     sinks: Annotated[int, Field(ge=0, le=1024)] = 0
     recent: Annotated[int, Field(ge=0, le=65536)] = 0
     kept: Tier = Tier()
@@ -120,9 +142,9 @@ class ModelBinding(_Model):
     name: str
     fingerprint: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     architecture: str
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1)]
 
 
 class ArtifactRef(_Model):
@@ -141,7 +163,7 @@ class Recipe(_Model):
     description: str = ""
     model: ModelBinding | None = None
     artifact: ArtifactRef | None = None
-    layers: tuple[LayerPolicy, ...] = ()
+    layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(_tuple)] = ()
     measured: dict[str, Any] = {}  # evidence, never read back as configuration
 
     def is_open(self) -> bool:
@@ -220,12 +242,12 @@ def loads(text: str, where: str = "recipe") -> Recipe:
         raise IntegrityError(
             f"{where} has format {version}; this kvtune reads {FORMAT}.", "Upgrade kvtune."
         )
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise IntegrityError(
             f"{where} does not start with `kvtune = {FORMAT}`, so it is no recipe."
         )
     try:
-        recipe = Recipe.model_validate(table, strict=False)
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise IntegrityError(f"{where}: {_in_words(error)}") from None
     _check_plain(recipe, where)
@@ -250,9 +272,10 @@ def load(path: Path) -> Recipe:
 def schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe, with every method found."""
     document = Recipe.model_json_schema()
-    codecs = _codecs_schema()
-    definitions = document.setdefault("$defs", {})
-    definitions["Codecs"] = codecs
+    definitions = document["$defs"]
+    definitions["Codecs"] = _codecs_schema()
+    for side in ("keys", "values"):
+        definitions["Tier"]["properties"][side] = {"$ref": "#/$defs/Codecs"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 
@@ -268,8 +291,8 @@ def _check_plain(recipe: Recipe, where: str) -> None:
         raise IntegrityError(
             f"{where}: artifact.file {recipe.artifact.file!r} is not a plain file name."
         )
-    if not _finite(recipe.measured):
-        raise IntegrityError(f"{where}: [measured] holds a number that is not finite.")
+    if problem := _unfit(recipe.measured):
+        raise IntegrityError(f"{where}: [measured] holds {problem}.")
     try:
         if recipe.layers and recipe.model:
             resolve([policy.span for policy in recipe.layers], recipe.model.layers)
@@ -277,12 +300,18 @@ def _check_plain(recipe: Recipe, where: str) -> None:
         raise IntegrityError(f"{where}: {error}") from None
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _unfit(value: Any, depth: int = 0) -> str:
+    """Says what keeps a value from being written as it was read; nothing when it is sound."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "a number that is not finite"
+    if isinstance(value, str | int):
+        return ""
+    if not isinstance(value, dict | list):
+        return f"{value!r}, which is no number, text, list or table"
+    if depth == DEEPEST:
+        return f"tables or lists more than {DEEPEST} deep"
+    inside = value.values() if isinstance(value, dict) else value
+    return next(filter(None, (_unfit(item, depth + 1) for item in inside)), "")
 
 
 def _in_words(error: ValidationError) -> str:
@@ -290,10 +319,16 @@ def _in_words(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         key, known = str(first["loc"][-1]), _fields_at(first["loc"][:-1])
+        place = _brief(place)
         return f"unknown key {place}. {suggest(key, known)}" if known else f"unknown key {place}."
     value = repr(first["input"])
     shown = "" if len(value) > 60 or first["type"] == "value_error" else f", got {value}"
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}{shown}."
+    told = first["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{place}: {_brief(told)}{shown}."
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _fields_at(place: tuple[int | str, ...]) -> tuple[str, ...]:

@@ -3,11 +3,13 @@ for, and that each layer is covered exactly once."""
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 from kvtune.errors import UsageError
 
-_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
-_END = re.compile(r"(first|last) (\d{1,5})")
+_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_END = re.compile(r"(first|last) ([0-9]{1,5})")
+_MOST = 100_000  # more layers than a span can name
 
 
 def resolve(spans: Sequence[str], layers: int) -> list[int]:
@@ -21,7 +23,7 @@ def resolve(spans: Sequence[str], layers: int) -> list[int]:
     """
     owner: list[int | None] = [None] * layers
     for index, span in enumerate(spans):
-        for layer in [] if span == "rest" else _layers(span, layers):
+        for layer in chain.from_iterable(_ranges(span, layers)):
             if (other := owner[layer]) is not None:
                 raise UsageError(
                     f"layer {layer} is covered twice, by {spans[other]!r} and {span!r}."
@@ -39,6 +41,11 @@ def resolve(spans: Sequence[str], layers: int) -> list[int]:
     return [found for found in full if found is not None]
 
 
+def check(span: str) -> None:
+    """Raises UsageError when no model could have a span like this."""
+    _ranges(span, _MOST)
+
+
 def write(layers: Sequence[int]) -> str:
     """Returns the shortest span of sorted layer indices: [0, 1, 2, 7] is "0-2, 7"."""
     runs: list[list[int]] = []
@@ -50,15 +57,18 @@ def write(layers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _layers(span: str, layers: int) -> list[int]:
+def _ranges(span: str, layers: int) -> list[range]:
+    """Returns ranges, not layers: a stranger's span may name one layer a million times."""
+    if span == "rest":
+        return []
     if span == "all":
-        return list(range(layers))
+        return [range(layers)]
     if found := _END.fullmatch(span):
         count = int(found[2])
         if count > layers:
             raise UsageError(f"span {span!r} is longer than the model's {layers} layers.")
-        return list(range(count)) if found[1] == "first" else list(range(layers - count, layers))
-    covered: list[int] = []
+        return [range(count) if found[1] == "first" else range(layers - count, layers)]
+    covered: list[range] = []
     for piece in span.split(","):
         found = _RANGE.fullmatch(piece.strip())
         if not found:
@@ -69,5 +79,5 @@ def _layers(span: str, layers: int) -> list[int]:
         low, high = int(found[1]), int(found[2] or found[1])
         if low > high or high >= layers:
             raise UsageError(f"span {span!r} does not fit a model with {layers} layers.")
-        covered.extend(range(low, high + 1))
+        covered.append(range(low, high + 1))
     return covered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,25 @@ from kvtune import runs
 from kvtune.bank import Bank, Sizes, build, text_tokens
 from kvtune.cache import load, weigh
 from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet
-from kvtune.errors import UsageError
+from kvtune.errors import IntegrityError, UsageError
 from kvtune.files import sweep, write_atomic
-from kvtune.measure import Bench
+from kvtune.front import (
+    Candidate,
+    Point,
+    best_uniform,
+    held_out,
+    worth_measuring,
+    worth_proving,
+)
+from kvtune.layout import Goal
+from kvtune.measure import Bench, Quality
 from kvtune.models import Facts, facts, fingerprint, label
 from kvtune.profile import Profile
 from kvtune.prove import Proof, by_generation, environment
-from kvtune.recipe import RECIPE_FILE, ModelBinding, Policy, Recipe, digest
-from kvtune.search import Goal, Search, spread
+from kvtune.recipe import RECIPE_FILE, ModelBinding, Recipe, digest
+from kvtune.search import Limits, Search
 from kvtune.space import opened, to_recipe
-from kvtune.study import Row, fresh, front
+from kvtune.study import Row
 from kvtune.texts import Document
 from kvtune.texts import digest as text_digest
 
@@ -35,28 +44,10 @@ class Settings:
 
     sizes: Sizes = field(default_factory=Sizes)
     goal: Goal = field(default_factory=Goal)
-    trials: int = 40
     seed: int = 0
-    proof_steps: int = 64
+    proof_steps: int = 48
     points: int = 10  # how many recipes of the front are proved
     max_kl: float = 0.02  # the chosen recipe is the smallest one within it
-
-
-@dataclass(frozen=True)
-class Point:
-    """One proved recipe."""
-
-    file: str
-    label: str
-    origin: str
-    held_out_kl: float  # on all continuation positions of the proof text, from the bank
-    best_uniform_kl: float | None  # the least of any measured uniform recipe at no more bytes
-    proof: Proof
-
-    def table(self) -> dict[str, Any]:
-        """One flat row."""
-        own = {name: value for name, value in asdict(self).items() if name != "proof"}
-        return {**own, **self.proof.table()}
 
 
 class Tuner:
@@ -72,16 +63,18 @@ class Tuner:
         *,
         name: str = "",
         settings: Settings | None = None,
+        limits: Limits | None = None,
         say: Say = quiet,
     ) -> None:
         self.model, self.tokenizer, self.texts, self.template = model, tokenizer, texts, template
         self.folder, self.name, self.settings, self.say = folder, name, settings or Settings(), say
+        self.limits = limits or Limits(str(folder / runs.STUDY))
         self.known: Facts = facts(model.config)
         self.choices = opened(template, self.known)
         sweep(folder)
 
     def profile(self, exact: bool = False) -> Profile:
-        """The folder's profile when it is of this model, text and sizes; else a new one."""
+        """The folder's profile when it is of this model, text, sizes and template; else another."""
         path = self.folder / runs.PROFILE
         if path.is_file():
             held = Profile.load(path)
@@ -102,55 +95,56 @@ class Tuner:
         made.save(path)
         return made
 
-    def search(
-        self, profile: Profile, resume: bool, seconds: float | None = None, anew: bool = False
-    ) -> list[Row]:
-        """All rows of the study; the search goes on where it was left when `resume` is on."""
+    def held_profile(self) -> Profile:
+        """The folder's profile as it is.
+
+        Raises:
+            MissingInputError: the folder has none.
+            IntegrityError: it was measured on another model.
+        """
+        held = Profile.load(self.folder / runs.PROFILE)
+        if held.meta.get("fingerprint") != fingerprint(self.model):
+            raise IntegrityError(
+                f"{self.folder / runs.PROFILE} was measured on {held.meta.get('model')}, "
+                "whose fingerprint is not this model's.",
+                f"Run: kvtune calibrate MODEL -o {self.folder}",
+            )
+        return held
+
+    def search(self, profile: Profile) -> list[Row]:
+        """All rows of the study, within the limits; settings without a price are priced first."""
         bench = Bench(self.model, self._bank("search"), find_ropes(self.model))
         if missing := missing_cells(profile, self.choices):
-            profile = priced_further(
-                self.model, bench.bank, profile, missing, self.settings.seed, self.say
-            )
-        self._search = Search(bench, profile, self.choices, self.settings.goal)
-        self._search.prepare(self.folder)
-        storage = str(self.folder / runs.STUDY)
-        if anew:
-            fresh(storage, "kvtune")
-        return self._search.run(
-            storage,
-            self.settings.trials,
+            seed = self.settings.seed
+            profile = priced_further(self.model, bench.bank, profile, missing, seed, self.say)
+        search = Search(bench, profile, self.choices, self.settings.goal, self.folder)
+        self.layout = search.layout
+        return search.run(
+            self.limits,
             self.settings.seed,
-            resume,
-            seconds,
-            on_trial=lambda row, total: self.say("trials", row.number + 1, total),
+            on_trial=lambda row, total: self.say("trials", min(row.number + 1, total), total),
         )
 
     def prove(self, rows: list[Row]) -> list[Point]:
-        """Measures the study's front on text that neither
-        calibration nor search saw, and writes the proved recipes.
-
-        Kept are the points that no other measured recipe, uniform ones included, beats there.
-        """
-        bank = self._bank("proof")
+        """Measures the study's front on text that neither calibration nor search saw, and writes
+        the recipes that no other measured one, uniform ones included, beats there."""
+        bank, goal, most = self._bank("proof"), self.settings.goal, self.settings.points
         bench = Bench(self.model, bank, find_ropes(self.model))
-        candidates = _candidates(rows, 2 * self.settings.points)
-        measured = []
-        for done, row in enumerate(candidates):
-            policies = self._search.policies(row.choice)
-            weight = weigh(
-                policies, self.known, self.settings.goal.context, self.settings.goal.batch
-            )
-            measured.append((weight.bytes, bench.measure(policies).means()["kl"], row, policies))
-            self.say("held-out text", done + 1, len(candidates))
-        best = [m for m in measured if not any(o[0] <= m[0] and o[1] < m[1] for o in measured)]
-        chosen = spread(sorted(best, key=lambda m: -m[0]), self.settings.points)
-        uniform = [(size, kl) for size, kl, row, _ in measured if row.origin.startswith("uniform")]
+        chosen = worth_measuring(rows, most + 2)
+        measured: list[Candidate] = []
+        for row in chosen:
+            measured.append(held_out(bench, self.layout, row))
+            self.say("held-out text", len(measured), len(chosen))
         runs.clear_front(self.folder)
-        points = []
-        for index, (size, kl, row, policies) in enumerate(chosen):
-            rival = min((k for s, k in uniform if s <= size), default=None)
-            points.append(self._proved(index, row, policies, kl, rival, bank))
-            self.say("proof by generation", index + 1, len(chosen))
+        points: list[Point] = []
+        proved = worth_proving(measured, most)
+        for candidate in proved:
+            quality = self._generated(candidate, bank)
+            weight = weigh(candidate.policies, self.known, goal.context, goal.batch)
+            proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
+            rival = best_uniform(measured, candidate.bytes)
+            points.append(self._written(len(points), candidate, rival, proof))
+            self.say("proof by generation", len(points), len(proved))
         return points
 
     def finish(self, points: list[Point], command: str) -> dict[str, Any]:
@@ -182,6 +176,7 @@ class Tuner:
             template=digest(self.template),
             dtype=str(self.model.dtype),
             settings={name: str(value) for name, value in vars(self.settings).items()},
+            limits=[self.limits.trials, self.limits.seconds],
         )
 
     def _bank(self, role: str) -> Bank:
@@ -198,38 +193,35 @@ class Tuner:
             "sizes": list(self.settings.sizes),
             "seed": self.settings.seed,
         }
-        return all(held.meta.get(name) == value for name, value in wanted.items())
+        same = all(held.meta.get(name) == value for name, value in wanted.items())
+        return same and not missing_cells(held, self.choices)
 
-    def _proved(
-        self,
-        index: int,
-        row: Row,
-        policies: tuple[Policy, ...],
-        kl: float,
-        rival: float | None,
-        bank: Bank,
+    def _generated(self, candidate: Candidate, bank: Bank) -> Quality:
+        recipe = to_recipe(dict(enumerate(candidate.policies)), len(self.known.layers))
+        return by_generation(self.model, load(recipe, self.model), bank, self.settings.proof_steps)
+
+    def _written(
+        self, index: int, candidate: Candidate, rival: float | None, proof: Proof
     ) -> Point:
-        goal = self.settings.goal
-        weight = weigh(policies, self.known, goal.context, goal.batch)
-        bare = to_recipe(
-            dict(enumerate(policies)),
-            len(self.known.layers),
-            name=f"{label(self.name)}-{weight.bits:.2f}",
-        )
-        quality = by_generation(self.model, load(bare, self.model), bank, self.settings.proof_steps)
-        proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
-        point = Point(
-            f"{runs.FRONT}/{index:02}.toml", f"{weight.bits:.2f} bits", row.origin, kl, rival, proof
-        )
+        name, file = f"{proof.bits:.2f} bits", f"{runs.FRONT}/{index:02}.toml"
+        point = Point(file, name, candidate.origin, candidate.kl, rival, proof)
         evidence = {
             **proof.table(),
+            "held_out_kl": float(f"{candidate.kl:.6g}"),
             "texts": {role: text_digest(documents) for role, documents in self.texts.items()},
-            "held_out_kl": float(f"{kl:.6g}"),
             "date": time.strftime("%Y-%m-%d"),
             **environment(self.model.device),
         }
-        bound = bare.model_copy(update={"model": self._model_binding(), "measured": evidence})
-        bound.save(self.folder / point.file)
+        recipe = to_recipe(
+            dict(enumerate(candidate.policies)),
+            len(self.known.layers),
+            name=f"{label(self.name).rpartition('/')[2].lower()}-{proof.bits:.2f}",
+            description=f"{proof.ratio:.2f} times smaller than 16 bits at {proof.bytes_context} "
+            f"tokens; KL {proof.kl:.4g} nats on held-out text.",
+            model=self._model_binding(),
+            measured=evidence,
+        )
+        recipe.save(self.folder / file)
         return point
 
     def _model_binding(self) -> ModelBinding:
@@ -244,8 +236,10 @@ class Tuner:
         )
 
 
-def tune(tuner: Tuner, command: str = "kvtune tune") -> dict[str, Any]:
+def tune(tuner: Tuner, command: str = "kvtune tune", calibrated: bool = False) -> dict[str, Any]:
     """Calibrates, searches and proves; a finished run of the same inputs is read back.
+
+    With `calibrated` the folder's profile is taken as it is, or the run refused.
 
     Raises:
         UsageError: nothing could be proved.
@@ -253,17 +247,8 @@ def tune(tuner: Tuner, command: str = "kvtune tune") -> dict[str, Any]:
     if held := runs.read_summary(tuner.folder, tuner.bound()):
         tuner.say("finished run reused", 1, 1)
         return held
-    rows = tuner.search(tuner.profile(), resume=True)
-    points = tuner.prove(rows)
+    profile = tuner.held_profile() if calibrated else tuner.profile()
+    points = tuner.prove(tuner.search(profile))
     if not points:
         raise UsageError("The search found no feasible recipe.", "Give more --trials.")
     return tuner.finish(points, command)
-
-
-def _candidates(rows: list[Row], most: int) -> list[Row]:
-    """The uniform recipes that were measured, and an even choice of the study's front."""
-    uniform = [row for row in rows if row.origin.startswith("uniform") and row.values]
-    others = sorted(
-        (row for row in front(rows) if row not in uniform), key=lambda row: row.attrs["bits"]
-    )
-    return uniform + spread(others, max(2, most - len(uniform)))

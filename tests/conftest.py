@@ -1,4 +1,4 @@
-"""Tiny random models by name, recipes by name, and the pairs of both that laws are parametrized over."""
+"""Tiny random models and recipes by name, and the pairs of both that laws are tried on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ BASE: dict[str, Any] = {
 # model type, and what it has that the others have not
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_hidden_layers": 4, "head_dim": 64}),
-    "yi": ("llama", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1, "rope_theta": 5e6}),
+    "yi": (
+        "llama",
+        {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1, "rope_theta": 5e6},
+    ),
     "mistral": ("mistral", {"sliding_window": None, "num_attention_heads": 6}),
     "mistral-sliding": ("mistral", {"sliding_window": 24}),
     "qwen2": ("qwen2", {"head_dim": 32}),
@@ -74,7 +77,10 @@ def entry(
     keys: str = "", values: str = "", sinks: int = 0, recent: int = 0, span: str = "all"
 ) -> str:
     """Returns the TOML of one layer entry; `keys` and `values` are tables without braces."""
-    lists = [", ".join(f"{{ {table} }}" for table in side.split(" > ") if table) for side in (keys, values)]
+    lists = [
+        ", ".join(f"{{ {table} }}" for table in side.split(" > ") if table)
+        for side in (keys, values)
+    ]
     return (
         f'[[layers]]\nspan = "{span}"\nsinks = {sinks}\nrecent = {recent}\n'
         f"kept.keys = [{lists[0]}]\nkept.values = [{lists[1]}]\n"
@@ -146,7 +152,7 @@ def build(config: Any, seed: int = 0) -> Any:
 
 @cache
 def bearer(recipe_name: str) -> Any:
-    """Returns a tiny Llama that a shipped recipe fits: its own shape, or the smallest that will do."""
+    """Returns a tiny Llama that a shipped recipe fits: the shape it names, or the smallest."""
     recipe = recipes.load(RUNNABLE[recipe_name])
     bound = recipe.model
     shapes = (
@@ -171,7 +177,7 @@ def bearer(recipe_name: str) -> Any:
 
 
 def cases(models: Sequence[str]) -> list[Any]:
-    """Returns these models with every recipe made here, and every shipped recipe with its bearer."""
+    """Returns these models with each recipe made here, and each shipped recipe with its bearer."""
     pairs = [(name, recipe_name) for name in models for recipe_name in MADE]
     pairs += [("", recipe_name) for recipe_name in RUNNABLE]
     return [pytest.param(pair, id="-".join(filter(None, pair))) for pair in pairs]

@@ -29,7 +29,9 @@ def layers(cache: Any) -> list[CompressedLayer]:
 
 def prompt_of(cache: Any) -> int:
     """Returns a prompt's length after which every layer closes a page within MORE tokens."""
-    held = [(layer.policy.sinks + layer.policy.recent, layer.policy.block) for layer in layers(cache)]
+    held = [
+        (layer.policy.sinks + layer.policy.recent, layer.policy.block) for layer in layers(cache)
+    ]
     return max([43, *(window + block - 20 for window, block in held)])
 
 
@@ -111,6 +113,17 @@ def test_compression_is_felt_where_it_is_drastic(
         found = play(llama, load(recipe_of(name), llama), tokens, [80, *STEPS])
         error = (found - dense)[:, 80:].abs().max().item()
         assert least < error < most, name
+
+
+def test_eight_bits_are_hardly_felt_by_any_model(
+    name: str, model: Any, recipe_of: Any, play: Any, draw: Any
+) -> None:
+    """Large key biases among them: they cost nothing when only the spread is quantised."""
+    tokens, sizes = draw(2, 80 + MORE), [80, *STEPS]
+    found = play(model, load(recipe_of("k8v8"), model), tokens, sizes)[:, 80:].log_softmax(-1)
+    dense = play(model, DynamicCache(config=model.config), tokens, sizes)[:, 80:].log_softmax(-1)
+    divergence = (dense.exp() * (dense - found)).sum(-1).mean()
+    assert -1e-12 < divergence < 3e-3
 
 
 def test_a_prompt_sees_itself_exactly(case: Any, play: Any, draw: Any) -> None:
@@ -205,7 +218,9 @@ def test_each_token_is_encoded_once_at_its_true_index(
     assert set(encoded) == expected
 
 
-def test_a_forked_layer_lives_its_own_life(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+def test_a_forked_layer_lives_its_own_life(
+    llama: Any, recipe_of: Any, play: Any, draw: Any
+) -> None:
     recipe, tokens = recipe_of("k4v2-windowed"), draw(1, 240)
     whole, trunk = load(recipe, llama), load(recipe, llama)
     play(llama, trunk, tokens[:, :120], [120])
@@ -220,7 +235,9 @@ def test_a_forked_layer_lives_its_own_life(llama: Any, recipe_of: Any, play: Any
     assert not torch.allclose(other, found)
 
 
-def test_a_filled_layer_is_what_a_prompt_leaves(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+def test_a_filled_layer_is_what_a_prompt_leaves(
+    llama: Any, recipe_of: Any, play: Any, draw: Any
+) -> None:
     recipe, tokens = recipe_of("derope-k4"), draw(2, 150)
     asked, filled = load(recipe, llama), load(recipe, llama)
     dense = DynamicCache(config=llama.config)
@@ -236,7 +253,9 @@ def test_a_filled_layer_is_what_a_prompt_leaves(llama: Any, recipe_of: Any, play
     filled.batch_select_indices(torch.tensor([1, 0]))
     asked.batch_select_indices(torch.tensor([1, 0]))
     last = draw(2, 3)
-    torch.testing.assert_close(play(llama, filled, last, [3]), play(llama, asked, last, [3]), **TIGHT)
+    torch.testing.assert_close(
+        play(llama, filled, last, [3]), play(llama, asked, last, [3]), **TIGHT
+    )
 
 
 def test_a_reset_cache_is_as_new(case: Any, play: Any, draw: Any) -> None:

@@ -1,4 +1,4 @@
-"""Laws of `model.generate()`: every decoding mode works on a compressed cache, or says by name why not."""
+"""Laws of `model.generate()`: every decoding mode works on a compressed cache, or says why not."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_each_row_is_generated_as_it_would_be_alone(
 ) -> None:
     model, make = case
     tokens = draw(2, 50)
-    out = generate(
-        model, tokens, make(), mode, return_dict_in_generate=True, output_logits=True
-    )
+    out = generate(model, tokens, make(), mode, return_dict_in_generate=True, output_logits=True)
     found = torch.stack(out.logits, 1)
     for row, logits in zip(out.sequences, found, strict=True):
         expected = logits_alone(model, make(), row, 50, play)
@@ -93,7 +91,14 @@ def test_each_row_is_generated_as_it_would_be_alone(
 @pytest.mark.parametrize("mode", ["beams", "beam sampling", "beams, several returned"])
 @pytest.mark.parametrize("recipe_name", COMPRESSED)
 def test_the_score_of_a_beam_is_that_of_its_text(
-    llama: Any, recipe_name: str, mode: str, prompt: int, recipe_of: Any, generate: Any, draw: Any, play: Any
+    llama: Any,
+    recipe_name: str,
+    mode: str,
+    prompt: int,
+    recipe_of: Any,
+    generate: Any,
+    draw: Any,
+    play: Any,
 ) -> None:
     """Were a row of the cache not to follow its beam, the scores would be another text's."""
     recipe, tokens = recipe_of(recipe_name), draw(2, prompt)

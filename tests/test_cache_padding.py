@@ -139,7 +139,9 @@ def test_padding_on_the_right_or_inside_is_refused(llama: Any, recipe_of: Any, d
             llama(tokens, attention_mask=mask, past_key_values=load(recipe_of("k8v8"), llama))
 
 
-def test_a_first_chunk_of_padding_alone_is_refused(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+def test_a_first_chunk_of_padding_alone_is_refused(
+    llama: Any, recipe_of: Any, play: Any, draw: Any
+) -> None:
     tokens, mask = padded(draw(2, LENGTH), [30, 0])
     with pytest.raises(UnsupportedError, match="all padding"):
         play(llama, load(recipe_of("k8v8"), llama), tokens, [20, 40], mask)

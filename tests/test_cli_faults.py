@@ -257,7 +257,7 @@ def test_plain_progress_is_one_line_for_each_stage_and_one_for_each_ten_seconds(
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "dense pass",
-        "pricing 1/50, 49 s left",
+        "pricing 1/50",
         "pricing 11/50, 39 s left",
         "pricing 21/50, 29 s left",
     ]

@@ -1,6 +1,7 @@
 """Laws of the surrogate and of the search around it."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import pytest
 from kvtune.bank import Sizes, build
 from kvtune.cache import weigh
 from kvtune.calibrate import price_cells
-from kvtune.errors import UsageError
+from kvtune.errors import IntegrityError, UsageError
+from kvtune.front import evenly
+from kvtune.layout import START, Goal, Layout, spread, uniforms
 from kvtune.measure import Bench
 from kvtune.models import facts
 from kvtune.prices import pulls, table
 from kvtune.profile import Profile
 from kvtune.recipe import Policy, loads
-from kvtune.search import START, Goal, Search, spread, uniforms
+from kvtune.search import SCALES, Limits, Search
 from kvtune.space import opened, to_recipe
-from kvtune.study import front
+from kvtune.study import Row, front
 from kvtune.surrogate import Rung, Surrogate, undominated
 
 TEMPLATE = """
@@ -32,25 +35,30 @@ GOAL = Goal(context=1024, budgets=6, rivals=4, clusters=2)
 
 
 @pytest.fixture
-def search(llama: Any, draw: Any) -> Search:
-    """A search on a tiny Llama, not yet laid out."""
+def made(llama: Any, draw: Any) -> Callable[[Path], Search]:
+    """A search on a tiny Llama."""
     bench = Bench(llama, build(llama, draw(2, 161), 128))
     choices = opened(loads(TEMPLATE), facts(llama.config))
     cells = price_cells(choices)
     places = [(cell.layer, policy) for cell, policy in cells]
     priced = table(bench, places, pulls(llama, bench.bank, 0), lambda done, total: None)
     profile = Profile(tuple(cell for cell, _ in cells), {"prices": priced[:, 0].float()})
-    return Search(bench, profile, choices, GOAL)
+    return lambda folder: Search(bench, profile, choices, GOAL, folder)
 
 
 @pytest.fixture
-def ready(search: Search, tmp_path: Path) -> Search:
-    """The same, laid out."""
-    search.prepare(tmp_path)
-    return search
+def search(made: Callable[[Path], Search], tmp_path: Path) -> Search:
+    """The same in a folder of its own."""
+    return made(tmp_path)
 
 
-def test_the_knapsack_is_exact(ready: Search) -> None:
+@pytest.fixture
+def ready(search: Search) -> Layout:
+    """Its layout."""
+    return search.layout
+
+
+def test_the_knapsack_is_exact(ready: Layout) -> None:
     surrogate = ready.surrogate
     places = list(surrogate.ladders)[:3]
     small = Surrogate(
@@ -76,20 +84,20 @@ def test_a_ladder_keeps_what_nothing_beats() -> None:
     assert [(r.bytes, r.price) for r in undominated(rungs)] == [(1, 9.0), (3, 4.0)]
 
 
-def test_surrogate_bytes_are_the_runtimes(ready: Search) -> None:
+def test_surrogate_bytes_are_the_runtimes(ready: Layout) -> None:
     for name, chosen in ready.bases.items():
         predicted = ready.surrogate.predict(chosen)[0]
-        weighed = weigh(ready._policies(chosen), ready.known, GOAL.context).bytes
+        weighed = weigh(ready.policies(chosen), ready.known, GOAL.context).bytes
         assert predicted == pytest.approx(weighed, rel=0.03), name
 
 
-def test_clusters_cover_each_place_once(ready: Search) -> None:
+def test_clusters_cover_each_place_once(ready: Layout) -> None:
     places = [place for cluster in ready.clusters.values() for place in cluster]
     assert sorted(places) == sorted(ready.surrogate.ladders)
     assert len(ready.clusters) <= 2 * GOAL.clusters
 
 
-def test_starts_are_distinct_and_hold_uniform_and_surrogate_points(ready: Search) -> None:
+def test_starts_are_distinct_and_hold_uniform_and_surrogate_points(ready: Layout) -> None:
     bases = list(ready.bases.values())
     assert all(a != b for a, b in itertools.combinations(bases, 2))
     origins = {name.split()[0] for name in ready.bases}
@@ -97,7 +105,7 @@ def test_starts_are_distinct_and_hold_uniform_and_surrogate_points(ready: Search
     assert len(uniforms(ready.choices)) == 16
 
 
-def test_a_move_changes_its_cluster_only(ready: Search) -> None:
+def test_a_move_changes_its_cluster_only(ready: Layout) -> None:
     start = next(name for name in ready.bases if name.startswith("knapsack 02"))
     still = {START: start, **dict.fromkeys(ready.clusters, "same")}
     moved_name, places = next(iter(ready.clusters.items()))
@@ -107,27 +115,35 @@ def test_a_move_changes_its_cluster_only(ready: Search) -> None:
     assert ready.surrogate.predict(after)[1] <= ready.surrogate.predict(before)[1]
 
 
-def test_a_search_finds_a_front_and_resumes_to_the_same_rows(ready: Search, tmp_path: Path) -> None:
-    starts = len(ready.starts)
-    whole = ready.run(str(tmp_path / "a.db"), starts + 6, seed=3)
-    ready.run(str(tmp_path / "b.db"), starts + 2, seed=3)
-    resumed = ready.run(str(tmp_path / "b.db"), starts + 6, seed=3, resume=True)
+def test_a_search_finds_a_front_and_resumes_to_the_same_rows(
+    search: Search, tmp_path: Path
+) -> None:
+    starts = len(search.layout.starts)
+
+    def rows(name: str, more: int) -> list[Row]:
+        return search.run(Limits(str(tmp_path / name), starts + more), seed=3)
+
+    whole = rows("a.db", 6)
+    rows("b.db", 2)
+    resumed = rows("b.db", 6)
     assert [(r.choice, r.values) for r in whole] == [(r.choice, r.values) for r in resumed]
     found = front(whole)
     assert len(found) >= 4
     assert all(row.attrs["bits"] > 0 for row in found)
 
 
-def test_layout_is_kept_for_a_resume(search: Search, tmp_path: Path) -> None:
-    search.prepare(tmp_path)
-    first, kept = list(search.bases), (tmp_path / "surrogate.json").read_bytes()
-    search.prepare(tmp_path)
-    assert list(search.bases) == first
-    assert (tmp_path / "surrogate.json").read_bytes() == kept
+def test_the_scales_are_kept_for_a_resume(made: Callable[[Path], Search], tmp_path: Path) -> None:
+    first = made(tmp_path)
+    kept = (tmp_path / SCALES).read_bytes()
+    assert made(tmp_path).layout.bases == first.layout.bases
+    assert (tmp_path / SCALES).read_bytes() == kept
+    (tmp_path / SCALES).write_bytes(kept[:-9])
+    with pytest.raises(IntegrityError, match="damaged"):
+        made(tmp_path)
 
 
-def test_a_measured_recipe_is_the_recipe_that_is_written(ready: Search) -> None:
-    policies = ready._policies(ready.bases["knapsack 03"])
+def test_a_measured_recipe_is_the_recipe_that_is_written(ready: Layout) -> None:
+    policies = ready.policies(ready.bases["knapsack 03"])
     recipe = loads(to_recipe(dict(enumerate(policies)), len(policies)).dumps())
     assert recipe.policies(ready.known) == policies
 
@@ -141,6 +157,7 @@ def test_other_objectives_are_refused(wrong: str) -> None:
 def test_an_even_choice_keeps_both_ends() -> None:
     assert spread(list(range(10)), 4) == [0, 3, 6, 9]
     assert spread([1, 2], 4) == [1, 2]
+    assert evenly([1, 2, 3, 9, 27], [1, 2, 3, 9, 27], 4) == [1, 3, 9, 27]
 
 
 def test_a_template_that_opens_nothing_is_refused(llama: Any) -> None:

@@ -52,13 +52,14 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     store = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     limit, eps = torch.finfo(store).max, torch.finfo(store).eps
+    least = torch.finfo(store).smallest_normal * eps  # the step between the smallest numbers
     wide = (x if x.dtype == torch.float64 else x.float()).clamp(-limit, limit)
     low, high = wide.aminmax(dim=-2, keepdim=True)
     zero = low.to(store)
-    zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - eps**2).to(store), zero)
+    zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - least).to(store), zero)
     step = (high - zero) / (2**bits - 1)
     scale = step.to(store)
-    scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + eps**2).to(store), scale)
+    scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + least).to(store), scale)
     scale = torch.where(
         scale == 0, torch.ones_like(scale), scale
     )  # a constant group: all codes are 0
@@ -104,7 +105,7 @@ def _attend_softcapped(
     logits = query @ keys.transpose(-1, -2) * scale
     logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
-        # not -inf: a query of padding sees nothing, and NaN would spread from it to all later layers
+        # not -inf: a query of padding sees nothing, and its NaN would spread to all later layers
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(-1, dtype=wide).to(values.dtype) @ values

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvtune.cli.gates import Gates, prove
+from kvtune.cli.gates import Asked, Gates, judge, measured
 from kvtune.cli.generate import Prompt, generate
 from kvtune.cli.options import Continuation, Count, Force, RecipeName, Text, Where
 from kvtune.cli.output import Output
@@ -41,4 +41,5 @@ def apply(
     out.data |= {"recipe": recipe, "model": model}
     if prompt.prompt is not None:
         return generate(out, path, opened, prompt, force)
-    prove(out, path, opened, where, text, count, continuation, gates, force)
+    asked = Asked(where, text, count, continuation)
+    judge(out, measured(out, path, opened, asked, force), gates)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvtune.cli.amounts import clock
 from kvtune.cli.options import (
+    Aim,
     Continuation,
     Count,
     DryRun,
@@ -24,9 +25,9 @@ from kvtune.cli.options import (
 from kvtune.cli.output import Output
 
 if TYPE_CHECKING:
-    from kvtune.cli.run import Run
     from kvtune.profile import Profile
     from kvtune.space import Side
+    from kvtune.tune import Tuner
 
 SIDES: tuple[Side, ...] = ("keys", "values")
 BAR = 24  # characters of the longest bar
@@ -59,7 +60,8 @@ def calibrate(
     if dry_run:
         return plan.show(out, job, opened, count, folder, exact=exact)
     out.resume = run.command_line()
-    tuner = run.open_run(out, job, folder, opened, count, run.Limits(run.study_of(folder)))
+    limits = run.limits_of(folder, Aim())
+    tuner = run.open_run(out, job, folder, opened, count, limits, Aim())
     job.save(folder, opened)
     profile = tuner.profile(exact)
     out.data |= {"folder": str(folder), "cells": len(profile.cells)}
@@ -70,16 +72,16 @@ def calibrate(
     out.print(f"{len(profile.cells)} cells are priced in {folder}. Next:\n\n  {out.data['next']}")
 
 
-def sensitivity(run: Run, profile: Profile) -> list[dict[str, Any]]:
+def sensitivity(tuner: Tuner, profile: Profile) -> list[dict[str, Any]]:
     """The KL in nats of each layer's keys and values alone, under their smallest setting."""
     from kvtune.cache import layer_bytes
     from kvtune.profile import Cell, setting
 
-    prices, at = profile.prices(), run.settings.goal.context
+    prices, at = profile.prices(), tuner.settings.goal.context
     weighed = cache(layer_bytes)  # layers are alike, and so are most of their settings
     rows = []
-    for layer, own in run.choices.items():
-        shape = run.known.layers[layer].kv_heads, run.known.layers[layer].head_dim
+    for layer, own in tuner.choices.items():
+        shape = tuner.known.layers[layer].kv_heads, tuner.known.layers[layer].head_dim
         row: dict[str, Any] = {"layer": layer}
         for side in SIDES:
             sizes = {

@@ -51,6 +51,16 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a proof is made on."""
+
+    where: Where
+    text: Text
+    count: Count
+    steps: int  # tokens generated behind each context
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One gate: what was measured, what is allowed, and how much room is left."""
 
@@ -83,49 +93,42 @@ def _verdict(
     return Verdict(gate, value, limit, margin, interval, margin >= 0)
 
 
-def prove(
-    out: Output,
-    path: Path,
-    opened: tuple[Any, Any],
-    where: Where,
-    text: Text,
-    count: Count,
-    continuation: int,
-    gates: Gates,
-    force: bool,
-) -> None:
-    """Measures the recipe by generation and prints every number and gate.
-
-    Raises:
-        GateError: a gate failed.
-    """
+def measured(out: Output, path: Path, opened: tuple[Any, Any], asked: Asked, force: bool) -> Proof:
+    """Measures a recipe by generation on the part of the text that proofs are made on."""
     from kvtune import recipe as recipes
     from kvtune.bank import Sizes
     from kvtune.models import facts
-    from kvtune.prove import prove as measure
+    from kvtune.prove import prove
 
     model, tokenizer = opened
-    known = facts(model.config)
-    check_length(known, text.context, continuation)
-    at = bytes_context(out, known, count.bytes_at)
-    recipe = recipes.load(path)
-    documents = read_texts(text, where)["proof"]
-    sizes = Sizes(text.sequences, text.context, continuation)
+    known, text = facts(model.config), asked.text
+    check_length(known, text.context, asked.steps)
+    at = bytes_context(out, known, asked.count.bytes_at)
+    documents = read_texts(text, asked.where)["proof"]
     out.say("proof by generation", 0, 1)
-    proof = measure(
+    proof = prove(
         model,
         tokenizer,
         documents,
         path,
-        sizes=sizes,
-        steps=continuation,
+        sizes=Sizes(text.sequences, text.context, asked.steps),
+        steps=asked.steps,
         bytes_context=at,
-        batch=count.batch,
+        batch=asked.count.batch,
         force=force,
     )
     out.say("proof by generation", 1, 1)
     if force:
-        forced(out, recipe, model)
+        forced(out, recipes.load(path), model)
+    return proof
+
+
+def judge(out: Output, proof: Proof, gates: Gates) -> None:
+    """Prints every number of a proof, and every gate.
+
+    Raises:
+        GateError: a gate failed.
+    """
     judged = verdicts(gates, proof)
     out.data |= {"proof": proof.table(), "gates": [vars(verdict) for verdict in judged]}
     _show(out, proof, judged)

@@ -117,8 +117,8 @@ def go_offline() -> None:
 def _hush() -> None:
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def read_texts(text: Text, where: Where) -> dict[str, list[Document]]:

@@ -49,14 +49,6 @@ DryRun = Annotated[
 ]
 Force = Annotated[bool, _model("--force", help="Apply another model's recipe all the same.")]
 Seed = Annotated[int, _search("--seed", help="Of everything that is drawn.")]
-Time = Annotated[
-    float | None,
-    _search("--time", parser=amounts.duration, metavar="TIME", help="Search no longer: 90s, 10m."),
-]
-Trials = Annotated[int, _search("--trials", min=1, help="Recipes that the search measures.")]
-MaxKl = Annotated[
-    float, _search("--max-kl", min=0, help="The chosen recipe is the smallest within, in nats.")
-]
 Continuation = Annotated[
     int, _tokens("--continuation", help="Tokens measured behind each context.")
 ]
@@ -90,6 +82,20 @@ class Text:
     ] = "builtin"
     sequences: Annotated[int, _text(min=1, help="Sequences cut out of the text.")] = 8
     context: Annotated[int, _tokens(help="Tokens of each that are cached.")] = 512
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How much is searched, and what is chosen in the end."""
+
+    trials: Annotated[int, _search(min=1, help="Recipes that the search measures.")] = 36
+    time: Annotated[
+        float | None,
+        _search(parser=amounts.duration, metavar="TIME", help="Search no longer: 90s, 10m."),
+    ] = None
+    max_kl: Annotated[
+        float, _search(min=0, help="The chosen recipe is the smallest within, in nats.")
+    ] = 0.02
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,8 @@ def perform(verb: str, manners: Manners, work: Callable[[Output], None]) -> int:
     try:
         with _stoppable(out), _listening(out):
             work(out)
-    except typer.Exit:
-        raise
-    except BrokenPipeError:
-        raise  # nobody reads any more: the front door sees to it
+    except (typer.Exit, SystemExit, BrokenPipeError):
+        raise  # rich exits by itself when nobody reads any more; the front door sees to the rest
     except BaseException as error:
         failed = fault(error, out.resume)
         if manners.debug:

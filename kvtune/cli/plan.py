@@ -40,37 +40,44 @@ def show(
     exact: bool = False,
     calibrated: bool = False,
 ) -> None:
-    """Prints the plan of a verb; loads no weights and no text, and writes nothing."""
-    from kvtune.cache import weigh
+    """Prints the plan of a verb; loads no weights, and writes nothing."""
     from kvtune.models import facts
-    from kvtune.recipe import Policy
-    from kvtune.space import SIDES, opened
 
     if job.where.offline:
         go_offline()
     config = _config(job)
     known = facts(config)
     check_length(known, job.text.context, job.continuation)
-    at = bytes_context(out, known, count.bytes_at)
-    dense = weigh((Policy(),) * len(known.layers), known, at, count.batch).dense_bytes
-    choices = opened(template, known).values()
-    cells = sum(len(own.chains(side)) for own in choices for side in SIDES)
-    cells = 0 if calibrated else cells
+    cells = 0 if calibrated else _cells(template, known)
     work = Work(job.text, job.continuation, cells, trials, exact)
     out.data |= {
         "dry_run": True,
         "folder": str(folder),
         "model": job.model,
         "layers": len(known.layers),
-        "dense_bytes": dense,
-        "bytes_at": at,
-        "batch": count.batch,
+        **_cache(out, known, count),
         "cells": cells,
         "trials": trials,
         "seconds": round(seconds(config, job.where.device, work)),
         "downloads": _downloads(job),
     }
     _print(out, known)
+
+
+def _cells(template: Recipe, known: Facts) -> int:
+    from kvtune.space import SIDES, opened
+
+    return sum(len(own.chains(side)) for own in opened(template, known).values() for side in SIDES)
+
+
+def _cache(out: Output, known: Facts, count: Count) -> dict[str, int]:
+    """The model's own 16-bit cache."""
+    from kvtune.cache import weigh
+    from kvtune.recipe import Policy
+
+    at = bytes_context(out, known, count.bytes_at)
+    dense = weigh((Policy(),) * len(known.layers), known, at, count.batch).dense_bytes
+    return {"dense_bytes": dense, "bytes_at": at, "batch": count.batch}
 
 
 def _print(out: Output, known: Facts) -> None:

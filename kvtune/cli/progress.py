@@ -31,7 +31,8 @@ class Stages:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._stage, self._left = "", 0
-        self._began = self._last = self._said = time.monotonic()
+        self._last = self._said = time.monotonic()
+        self._first = (self._last, 0)  # when the stage's first report came, and how much was done
         self._stopping = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -44,7 +45,7 @@ class Stages:
         if done:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         if opens := stage != self._stage:
-            self._began = self._last
+            self._first = (now, done)
         self._last, self._stage, self._left = now, stage, total - done
         if not self._quiet:
             self._show(stage, done, total, opens)
@@ -67,14 +68,17 @@ class Stages:
     def _show(self, stage: str, done: int, total: int, opens: bool) -> None:
         if self._console.is_terminal:
             self._bar(stage, done, total)
-        elif opens or self._last - self._said >= EVERY:
+        elif opens or (total > 1 and self._last - self._said >= EVERY):
             self._said = self._last
             self._console.print(self._line(stage, done, total), highlight=False)
 
     def _line(self, stage: str, done: int, total: int) -> str:
         if done == 0 or total == 1:
             return stage
-        left = (self._last - self._began) / done * (total - done)
+        began, already = self._first
+        if done == already:  # the first step may hold work that the others do not repeat
+            return f"{stage} {done}/{total}"
+        left = (self._last - began) / (done - already) * (total - done)
         return f"{stage} {done}/{total}, {clock(left)} left"
 
     def _bar(self, stage: str, done: int, total: int) -> None:

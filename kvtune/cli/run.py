@@ -1,85 +1,24 @@
-"""A tuning run from the command line: where its study lives, and when its search stops."""
+"""A tuning run from the command line: its Tuner, where its study lives, and how it goes on."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvtune import runs
 from kvtune.bank import Sizes
-from kvtune.calibrate import find_ropes, missing_cells, priced_further
 from kvtune.cli.job import Job, bytes_context, check_length, open_model, read_texts
-from kvtune.cli.options import Count
+from kvtune.cli.options import Aim, Count
 from kvtune.cli.output import Output
-from kvtune.errors import IntegrityError, MissingInputError, UsageError
-from kvtune.measure import Bench
-from kvtune.models import facts, fingerprint
-from kvtune.profile import Profile
+from kvtune.errors import MissingInputError, UsageError
+from kvtune.layout import OBJECTIVES, Goal
+from kvtune.models import facts
 from kvtune.recipe import Recipe
-from kvtune.search import OBJECTIVES, STUDY, Goal, Search
-from kvtune.study import Row, fresh, rows
+from kvtune.search import STUDY, Limits
+from kvtune.study import rows
 from kvtune.tune import Settings, Tuner, tune
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where the study lives, when its search ends, and what becomes of rows that it has."""
-
-    storage: str  # a database URL, or the path of an SQLite file
-    seconds: float | None = None
-    resume: bool = True
-    anew: bool = False
-    calibrated: bool = False  # the folder's profile is taken as it is, or the run refused
-
-
-class Run(Tuner):
-    """A Tuner whose search keeps within limits."""
-
-    limits: Limits
-
-    def profile(self, exact: bool = False) -> Profile:
-        """The folder's profile; made when it is missing or another's, unless the limits say no."""
-        if not self.limits.calibrated:
-            made = super().profile(exact)
-            if missing_cells(made, self.choices):  # of another template
-                (self.folder / runs.PROFILE).unlink()
-                made = super().profile(exact)
-            return made
-        held = Profile.load(self.folder / runs.PROFILE)
-        if held.meta.get("fingerprint") != fingerprint(self.model):
-            what = f"{self.folder / runs.PROFILE} was measured on {held.meta.get('model')}, "
-            hint = f"Run: kvtune calibrate MODEL -o {self.folder}"
-            raise IntegrityError(f"{what}whose fingerprint is not this model's.", hint)
-        return held
-
-    def search(
-        self, profile: Profile, resume: bool, seconds: float | None = None, anew: bool = False
-    ) -> list[Row]:
-        """All rows of the study, as the limits say."""
-        bench = Bench(self.model, self._bank("search"), find_ropes(self.model))
-        if missing := missing_cells(profile, self.choices):
-            seed = self.settings.seed
-            profile = priced_further(self.model, bench.bank, profile, missing, seed, self.say)
-        self._search = Search(bench, profile, self.choices, self.settings.goal)
-        self._search.prepare(self.folder)
-        if self.limits.anew:
-            fresh(self.limits.storage, STUDY)
-        return self._search.run(
-            self.limits.storage,
-            self.settings.trials,
-            self.settings.seed,
-            self.limits.resume,
-            self.limits.seconds,
-            on_trial=lambda row, total: self.say("trials", min(row.number + 1, total), total),
-        )
-
-    def bound(self) -> str:
-        """A search that was cut short is another run than one that was not."""
-        seconds = self.limits.seconds
-        return runs.binding(run=super().bound(), seconds=seconds) if seconds else super().bound()
 
 
 def open_run(
@@ -89,27 +28,29 @@ def open_run(
     template: Recipe,
     count: Count,
     limits: Limits,
-    **settings: Any,
-) -> Run:
-    """Loads model and texts and returns the run of a folder."""
+    aim: Aim,
+    objective: str = ",".join(OBJECTIVES),
+) -> Tuner:
+    """Loads model and texts and returns the Tuner of a folder."""
     model, tokenizer = open_model(out, job.model, job.where)
     known = facts(model.config)
     check_length(known, job.text.context, job.continuation)
-    objective = settings.pop("objective", ",".join(OBJECTIVES))
-    goal = Goal.parse(objective, bytes_context(out, known, count.bytes_at), count.batch)
-    sizes = Sizes(job.text.sequences, job.text.context, job.continuation)
-    steps = min(Settings.proof_steps, job.continuation)
-    held = Settings(sizes=sizes, goal=goal, seed=job.seed, proof_steps=steps, **settings)
+    settings = Settings(
+        sizes=Sizes(job.text.sequences, job.text.context, job.continuation),
+        goal=Goal.parse(objective, bytes_context(out, known, count.bytes_at), count.batch),
+        seed=job.seed,
+        proof_steps=min(Settings.proof_steps, job.continuation),
+        max_kl=aim.max_kl,
+    )
     texts = read_texts(job.text, job.where)
-    name = job.model
-    run = Run(model, tokenizer, texts, template, folder, name=name, settings=held, say=out.say)
-    run.limits = limits
-    return run
+    tuner = Tuner(model, tokenizer, texts, template, folder, name=job.model, settings=settings)
+    tuner.limits, tuner.say = limits, out.say
+    return tuner
 
 
-def study_of(folder: Path) -> str:
-    """The study that a run folder holds by itself."""
-    return str(folder / runs.STUDY)
+def limits_of(folder: Path, aim: Aim, storage: str = "", **rest: bool) -> Limits:
+    """The limits of a run: its study is the folder's own unless another place is named."""
+    return Limits(storage or str(folder / runs.STUDY), aim.trials, aim.time, **rest)
 
 
 def check_study(limits: Limits) -> None:
@@ -123,11 +64,11 @@ def check_study(limits: Limits) -> None:
         raise UsageError(what, "Use --resume to go on or --fresh to start anew.")
 
 
-def finished(run: Run, command: str) -> dict[str, Any]:
+def finished(tuner: Tuner, command: str, calibrated: bool = False) -> dict[str, Any]:
     """Runs all stages that are not finished yet; returns the summary."""
-    if run.limits.anew:
-        (run.folder / runs.SUMMARY).unlink(missing_ok=True)
-    return tune(run, command)
+    if tuner.limits.anew:
+        (tuner.folder / runs.SUMMARY).unlink(missing_ok=True)
+    return tune(tuner, command, calibrated)
 
 
 def command_line(*more: str) -> str:

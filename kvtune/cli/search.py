@@ -1,45 +1,38 @@
 """kvtune search: from a calibrated run folder to a study and a proved front."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kvtune.cli.options import Count, DryRun, MaxKl, Time, Trials
+from kvtune.cli.options import Aim, Count, DryRun
 from kvtune.cli.output import Output
 from kvtune.errors import UsageError
 
-PANEL = "Search"
-Storage = Annotated[
-    str,
-    typer.Option(metavar="URL", rich_help_panel=PANEL, help="A database URL; DIR/study.db."),
-]
-Objective = Annotated[
-    str, typer.Option(metavar="NAMES", rich_help_panel=PANEL, help="What the front is over.")
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", rich_help_panel=PANEL, help="Go on with the search there is.")
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", rich_help_panel=PANEL, help="Forget the search there is.")
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
+_search: Callable[..., Any] = partial(typer.Option, rich_help_panel="Search")
+_model: Callable[..., Any] = partial(typer.Option, rich_help_panel="Model")
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by calibrate.")]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the search is kept, and what becomes of the one there is."""
+
+    objective: Annotated[str, _search(metavar="NAMES", help="What the front is over.")] = (
+        "memory,accuracy"
+    )
+    storage: Annotated[str, _search(metavar="URL", help="A database URL; or DIR/study.db.")] = ""
+    resume: Annotated[bool, _search("--resume", help="Go on with the search there is.")] = False
+    fresh: Annotated[bool, _search("--fresh", help="Forget the search there is.")] = False
+    seed: Annotated[int | None, _search(help="Of the trials; calibrate's when left out.")] = None
+    offline: Annotated[bool, _model("--offline", help="Never ask the network.")] = False
 
 
 def search(
-    out: Output,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by calibrate.")],
-    count: Count,
-    objective: Objective = "memory,accuracy",
-    trials: Trials = 40,
-    time: Time = None,
-    max_kl: MaxKl = 0.02,
-    storage: Storage = "",
-    resume: Resume = False,
-    fresh: Fresh = False,
-    seed: Annotated[int | None, typer.Option(help="As calibrate's, when left out.")] = None,
-    offline: Offline = False,
-    dry_run: DryRun = False,
+    out: Output, folder: Directory, aim: Aim, study: Study, count: Count, dry_run: DryRun = False
 ) -> None:
     """Search for recipes with the profile of DIR, and prove the front.
 
@@ -49,25 +42,14 @@ def search(
     from kvtune.cli.job import TEMPLATE, Job
     from kvtune.recipe import load
 
-    if resume and fresh:
+    if study.resume and study.fresh:
         raise UsageError("--resume and --fresh exclude each other.")
-    job = Job.load(folder).changed(seed, offline)
-    template = load(folder / TEMPLATE)
+    job, template = Job.load(folder).changed(study.seed, study.offline), load(folder / TEMPLATE)
     if dry_run:
-        return plan.show(out, job, template, count, folder, trials=trials, calibrated=True)
-    limits = run.Limits(storage or run.study_of(folder), time, resume, fresh, calibrated=True)
+        return plan.show(out, job, template, count, folder, trials=aim.trials, calibrated=True)
+    limits = run.limits_of(folder, aim, study.storage, resume=study.resume, anew=study.fresh)
     run.check_study(limits)
     out.resume = run.command_line("--resume")
-    tuner = run.open_run(
-        out,
-        job,
-        folder,
-        template,
-        count,
-        limits,
-        trials=trials,
-        max_kl=max_kl,
-        objective=objective,
-    )
-    summary = run.finished(tuner, out.resume)
-    front.show(out, summary, folder, job.model, max_kl)
+    tuner = run.open_run(out, job, folder, template, count, limits, aim, study.objective)
+    summary = run.finished(tuner, out.resume, calibrated=True)
+    front.show(out, summary, folder, job.model, aim.max_kl)

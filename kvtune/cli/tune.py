@@ -5,17 +5,15 @@ from typing import Annotated
 import typer
 
 from kvtune.cli.options import (
+    Aim,
     Continuation,
     Count,
     DryRun,
     Folder,
-    MaxKl,
     Model,
     Seed,
     Template,
     Text,
-    Time,
-    Trials,
     Where,
 )
 from kvtune.cli.output import Output
@@ -26,13 +24,11 @@ def tune(
     model: Model,
     where: Where,
     text: Text,
+    aim: Aim,
     count: Count,
     output: Folder = None,
     template: Template = "search-affine",
     continuation: Continuation = 128,
-    trials: Trials = 40,
-    time: Time = None,
-    max_kl: MaxKl = 0.02,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the folder's search.")] = False,
     dry_run: DryRun = False,
@@ -48,11 +44,11 @@ def tune(
     job = Job.of(model, where, text, continuation, seed)
     folder, opened = folder_for(output, model), template_of(template)
     if dry_run:
-        return plan.show(out, job, opened, count, folder, trials=trials)
-    limits = run.Limits(run.study_of(folder), seconds=time, anew=fresh)
+        return plan.show(out, job, opened, count, folder, trials=aim.trials)
+    limits = run.limits_of(folder, aim, anew=fresh)
     run.check_study(limits)
     out.resume = run.command_line()
-    tuner = run.open_run(out, job, folder, opened, count, limits, trials=trials, max_kl=max_kl)
+    tuner = run.open_run(out, job, folder, opened, count, limits, aim)
     job.save(folder, opened)
     summary = run.finished(tuner, out.resume)
-    front.show(out, summary, folder, model, max_kl)
+    front.show(out, summary, folder, model, aim.max_kl)

@@ -1,0 +1,94 @@
+"""Front: which measured points are worth a proof, and the recipes that proved points become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from kvtune.cache import weigh
+from kvtune.layout import Layout
+from kvtune.measure import Bench
+from kvtune.prove import Proof
+from kvtune.recipe import Policy
+from kvtune.study import Row, front
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration on held-out text: true bytes, and mean KL in nats over all its positions."""
+
+    origin: str
+    policies: tuple[Policy, ...]
+    bytes: int
+    kl: float
+
+    @property
+    def is_uniform(self) -> bool:
+        """True for a recipe that treats all layers alike."""
+        return self.origin.startswith("uniform")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One proved recipe."""
+
+    file: str
+    label: str
+    origin: str
+    held_out_kl: float  # on all continuation positions of the proof text, from the bank
+    best_uniform_kl: float | None  # the least of any measured uniform recipe at no more bytes
+    proof: Proof
+
+    def table(self) -> dict[str, Any]:
+        """One flat row."""
+        own = {name: value for name, value in asdict(self).items() if name != "proof"}
+        return {**own, **self.proof.table()}
+
+
+def worth_measuring(rows: list[Row], most: int) -> list[Row]:
+    """The uniform recipes of a study, and an even choice of its front."""
+    uniform = [row for row in rows if row.origin.startswith("uniform") and row.values]
+    others = [row for row in front(rows) if row not in uniform]
+    return uniform + evenly(others, [row.attrs["bits"] for row in others], most)
+
+
+def held_out(bench: Bench, layout: Layout, row: Row) -> Candidate:
+    """Measures a row's configuration on another text."""
+    policies = layout.policies(layout.assignment(row.choice))
+    weight = weigh(policies, layout.known, layout.goal.context, layout.goal.batch)
+    return Candidate(row.origin, policies, weight.bytes, bench.measure(policies).means()["kl"])
+
+
+def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
+    """The points that no other beats on held-out text, uniform ones included; largest first."""
+    best = [
+        own
+        for own in measured
+        if not any(
+            (other.bytes <= own.bytes and other.kl < own.kl)
+            or (other.bytes < own.bytes and other.kl <= own.kl)
+            for other in measured
+        )
+    ]
+    best.sort(key=lambda candidate: -candidate.bytes)
+    return evenly(best, [candidate.bytes for candidate in best], most)
+
+
+def best_uniform(measured: list[Candidate], budget: int) -> float | None:
+    """The least KL of a uniform recipe at no more bytes."""
+    return min((c.kl for c in measured if c.is_uniform and c.bytes <= budget), default=None)
+
+
+def evenly(items: Sequence[T], sizes: Sequence[float | str], most: int) -> list[T]:
+    """At most `most` items in their order, the rest dropped where sizes lie closest in ratio."""
+    kept = list(range(len(items)))
+    logs = [math.log(float(size)) for size in sizes]
+    while len(kept) > most:
+        kept.sort(key=lambda i: logs[i])
+        gaps = [logs[kept[i + 1]] - logs[kept[i - 1]] for i in range(1, len(kept) - 1)]
+        del kept[1 + gaps.index(min(gaps))]
+    return [items[i] for i in sorted(kept)]
