@@ -11,6 +11,10 @@ from types import ModuleType
 
 import pytest
 
+from kvtune.cli.options import Aim, Text
+from kvtune.search import Limits
+from kvtune.tune import Settings
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -262,6 +266,13 @@ def test_search_stops_when_its_time_is_over_and_fresh_starts_anew(kv, calibrated
     found = kv.json(*words, "--time", "0.1s")
     assert found["ok"]
     assert time.monotonic() - began < 60
+
+
+def test_the_options_start_from_the_defaults_of_the_library():
+    assert Aim().trials == Limits("").trials
+    assert Aim().max_kl == Settings().max_kl
+    assert Text().context == Settings().sizes.context
+    assert Text().sequences == Settings().sizes.sequences
 
 
 def test_search_needs_a_calibrated_folder(kv, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor
@@ -102,7 +103,6 @@ def test_marks_show_in_the_schema() -> None:
 
 def test_the_schema_of_a_mark_allows_what_the_mark_allows() -> None:
     """JSON Schema counts steps from zero, so a range that starts between two must say more."""
-    import jsonschema
 
     class Odd(Sample):
         """Ranks from 12 on, every eighth."""

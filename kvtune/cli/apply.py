@@ -24,7 +24,7 @@ def apply(
     gates: Gates,
     text: Text,
     count: Count,
-    continuation: Continuation = 64,
+    continuation: Continuation = 48,
     force: Force = False,
 ) -> None:
     """Generate with RECIPE (--prompt), or prove it on held-out text.
