@@ -32,6 +32,8 @@ class CompressedCache(Cache):
     gives the next one.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         policies: tuple[Policy, ...],
@@ -49,6 +51,10 @@ class CompressedCache(Cache):
     def fresh(self) -> CompressedCache:
         """An empty cache of the same recipe and model."""
         return CompressedCache(*self._made_of)
+
+    def reset(self) -> None:
+        """Forgets everything; older transformers only zero their own layers."""
+        self.layers = self.fresh().layers
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from kvtune.measure import Bench
 from kvtune.prove import Proof
 from kvtune.recipe import Policy
 from kvtune.study import Row, front
+from kvtune.surrogate import Assignment
 
 T = TypeVar("T")
 
@@ -49,18 +50,19 @@ class Point:
         return {**own, **self.proof.table()}
 
 
-def worth_measuring(rows: list[Row], most: int) -> list[Row]:
-    """The uniform recipes of a study, and an even choice of its front."""
-    uniform = [row for row in rows if row.origin.startswith("uniform") and row.values]
-    others = [row for row in front(rows) if row not in uniform]
-    return uniform + evenly(others, [row.attrs["bits"] for row in others], most)
+def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Assignment]]:
+    """All uniform rivals, and an even choice of the study's front, each with its origin."""
+    found = [row for row in front(rows) if not row.origin.startswith("uniform")]
+    chosen = evenly(found, [row.attrs["bits"] for row in found], most)
+    tuned = [(row.origin, layout.assignment(row.choice)) for row in chosen]
+    return [*layout.rivals.items(), *tuned]
 
 
-def held_out(bench: Bench, layout: Layout, row: Row) -> Candidate:
-    """Measures a row's configuration on another text."""
-    policies = layout.policies(layout.assignment(row.choice))
+def held_out(bench: Bench, layout: Layout, origin: str, chosen: Assignment) -> Candidate:
+    """Measures an assignment on another text."""
+    policies = layout.policies(chosen)
     weight = weigh(policies, layout.known, layout.goal.context, layout.goal.batch)
-    return Candidate(row.origin, policies, weight.bytes, bench.measure(policies).means()["kl"])
+    return Candidate(origin, policies, weight.bytes, bench.measure(policies).means()["kl"])
 
 
 def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:

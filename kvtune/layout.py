@@ -28,7 +28,7 @@ class Goal:
     context: int = 32768
     batch: int = 1
     budgets: int = 18  # points of the surrogate front
-    rivals: int = 8  # uniform recipes measured beside it
+    rivals: int = 5  # uniform recipes that the search measures beside it; a proof meets them all
     clusters: int = 4  # per side
 
     @classmethod
@@ -56,7 +56,9 @@ class Layout:
     ) -> None:
         self.surrogate, self.choices, self.known, self.goal = surrogate, choices, known, goal
         self.clusters = surrogate.clusters(goal.clusters)
-        self.bases = _distinct({**self._uniforms(), **self._protected(), **self._fronts()})
+        self.rivals = self._rivals()
+        some = {name: self.rivals[name] for name in spread(list(self.rivals), goal.rivals)}
+        self.bases = _distinct({**some, **self._protected(some), **self._fronts()})
         moves = {name: tuple(STEPS) for name in self.clusters}
         still = dict.fromkeys(self.clusters, "same")
         self.space = Space({START: tuple(self.bases), **moves})
@@ -83,7 +85,7 @@ class Layout:
         budgets = self.surrogate.budgets(self.goal.budgets)
         return {f"knapsack {i:02}": self.surrogate.cheapest(b) for i, b in enumerate(budgets)}
 
-    def _uniforms(self) -> dict[str, Assignment]:
+    def _rivals(self) -> dict[str, Assignment]:
         """Uniform recipes on their own predicted front: what a user would try by hand."""
         every = uniforms(self.choices)
         kept: list[str] = []
@@ -93,11 +95,11 @@ class Layout:
             if kl < best:
                 kept.append(name)
                 best = kl
-        return {name: every[name] for name in spread(kept, self.goal.rivals)}
+        return {name: every[name] for name in kept}
 
-    def _protected(self) -> dict[str, Assignment]:
+    def _protected(self, some: Mapping[str, Assignment]) -> dict[str, Assignment]:
         """The rule of thumb: a middling uniform recipe, first and last two layers at their best."""
-        named = list(self._uniforms().items())
+        named = list(some.items())
         layers = sorted(self.choices)
         ends = {*layers[:2], *layers[-2:]}
         found = {}

@@ -54,6 +54,7 @@ def by_generation(model: Any, cache: CompressedCache, bank: Bank, steps: int) ->
     Returns the quality at each of these positions [N, steps], against the same dense
     log-probabilities as a trial.
     """
+    steps = min(steps, bank.continuation)
     forced = Forced(bank)
     config = GenerationConfig(
         max_new_tokens=steps + 1, do_sample=False, pad_token_id=0, use_cache=True

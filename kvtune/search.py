@@ -114,7 +114,9 @@ class Search:
         for chain in _probes(self.choices, side, plain):
             measured = self.bench.measure(self._one_sided(side, chain)).means()["kl"]
             rungs = [r for place, found in plain.rungs.items() if place[1] == side for r in found]
-            factors.append(measured / sum(r.price for r in rungs if r.chain == chain))
+            priced = sum(rung.price for rung in rungs if rung.chain == chain)
+            if measured > 0 and priced > 0:  # a context shorter than a block encodes nothing
+                factors.append(measured / priced)
         return math.prod(factors) ** (1 / len(factors)) if factors else 1.0
 
     def _one_sided(self, side: Side, chain: Chain) -> tuple[Policy, ...]:

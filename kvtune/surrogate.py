@@ -1,16 +1,16 @@
-"""The surrogate: ladders of undominated settings, clusters
-of layers, and the exact knapsack front over prices."""
+"""The surrogate: ladders of settings, clusters of layers, and the exact front over prices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
 from kvtune.cache import layer_bytes
+from kvtune.knapsack import Knapsack
 from kvtune.models import Facts
 from kvtune.parts import Chain
 from kvtune.profile import Cell, Profile, setting
@@ -82,11 +82,18 @@ class Surrogate:
         return [round(low * (high / low) ** (i / max(1, count - 1))) for i in range(count)]
 
     def cheapest(self, budget: int) -> Assignment:
-        """The assignment of least priced KL within a byte budget: a
-        multiple-choice knapsack, solved exactly."""
-        places = [(place, rung) for place, ladder in self.ladders.items() for rung in ladder]
-        picked = _knapsack(places, len(self.ladders), budget)
-        return {places[i][0]: places[i][1].chain for i in picked}
+        """The assignment of least priced KL within a byte budget, exactly."""
+        picked = self._knapsack.solve(budget)
+        return {
+            place: ladder[index].chain
+            for (place, ladder), index in zip(self.ladders.items(), picked, strict=True)
+        }
+
+    @cached_property
+    def _knapsack(self) -> Knapsack:
+        return Knapsack(
+            [[(rung.bytes, rung.price) for rung in ladder] for ladder in self.ladders.values()]
+        )
 
     def clusters(self, per_side: int) -> dict[str, tuple[Place, ...]]:
         """Places that react alike, per side, named `keys 0`, `keys
@@ -132,30 +139,6 @@ def _nearest(ladder: Sequence[Rung], rungs: Sequence[Rung], chain: Chain) -> int
     """Where a setting stands on the ladder; a dominated one stands where its bytes do."""
     size = next(rung.bytes for rung in rungs if rung.chain == chain)
     return min(range(len(ladder)), key=lambda i: (abs(ladder[i].bytes - size), i))
-
-
-def _knapsack(places: Sequence[tuple[Place, Rung]], groups: int, budget: int) -> list[int]:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    order = {place: i for i, place in enumerate(dict.fromkeys(place for place, _ in places))}
-    one_each = np.zeros((groups, len(places)))
-    for column, (place, _) in enumerate(places):
-        one_each[order[place], column] = 1
-    sizes = np.array([rung.bytes for _, rung in places], dtype=float)
-    unit = sizes.max()  # keeps the solver's numbers near one
-    prices = np.array([rung.price for _, rung in places])
-    found = milp(
-        prices / prices.max(),
-        integrality=np.ones(len(places)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(sizes[None] / unit, -np.inf, budget / unit),
-        ],
-        options={"mip_rel_gap": 1e-6},
-    )
-    assert found.x is not None, f"budget {budget} is below the smallest cache"
-    return [int(i) for i in np.flatnonzero(found.x > 0.5)]
 
 
 def _grouped(

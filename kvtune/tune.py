@@ -28,10 +28,12 @@ from kvtune.models import Facts, facts, fingerprint, label
 from kvtune.profile import Profile
 from kvtune.prove import Proof, by_generation, environment
 from kvtune.recipe import RECIPE_FILE, ModelBinding, Recipe, digest
+from kvtune.recipe import load as load_recipe
 from kvtune.search import Limits, Search
+from kvtune.shipped import find
 from kvtune.space import opened, to_recipe
 from kvtune.study import Row
-from kvtune.texts import Document
+from kvtune.texts import Document, read, split
 from kvtune.texts import digest as text_digest
 
 Say = Callable[[str, int, int], None]
@@ -72,6 +74,23 @@ class Tuner:
         self.known: Facts = facts(model.config)
         self.choices = opened(template, self.known)
         sweep(folder)
+
+    def run(self, command: str = "kvtune.tune", calibrated: bool = False) -> dict[str, Any]:
+        """Calibrates, searches and proves; a finished run of the same inputs is read back.
+
+        With `calibrated` the folder's profile is taken as it is, or the run refused.
+
+        Raises:
+            UsageError: nothing could be proved.
+        """
+        if held := runs.read_summary(self.folder, self.bound()):
+            self.say("finished run reused", 1, 1)
+            return held
+        profile = self.held_profile() if calibrated else self.profile()
+        points = self.prove(self.search(profile))
+        if not points:
+            raise UsageError("The search found no feasible recipe.", "Give more --trials.")
+        return self.finish(points, command)
 
     def profile(self, exact: bool = False) -> Profile:
         """The folder's profile when it is of this model, text, sizes and template; else another."""
@@ -130,10 +149,10 @@ class Tuner:
         the recipes that no other measured one, uniform ones included, beats there."""
         bank, goal, most = self._bank("proof"), self.settings.goal, self.settings.points
         bench = Bench(self.model, bank, find_ropes(self.model))
-        chosen = worth_measuring(rows, most + 2)
+        chosen = worth_measuring(rows, self.layout, most + 2)
         measured: list[Candidate] = []
-        for row in chosen:
-            measured.append(held_out(bench, self.layout, row))
+        for origin, assignment in chosen:
+            measured.append(held_out(bench, self.layout, origin, assignment))
             self.say("held-out text", len(measured), len(chosen))
         runs.clear_front(self.folder)
         points: list[Point] = []
@@ -236,19 +255,31 @@ class Tuner:
         )
 
 
-def tune(tuner: Tuner, command: str = "kvtune tune", calibrated: bool = False) -> dict[str, Any]:
-    """Calibrates, searches and proves; a finished run of the same inputs is read back.
+def tune(
+    model: Any,
+    tokenizer: Any,
+    folder: Path | str,
+    *,
+    data: str = "builtin",
+    template: Recipe | str = "search-affine",
+    name: str = "",
+    settings: Settings | None = None,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """The whole job for a loaded model: writes a run folder and returns its summary.
 
-    With `calibrated` the folder's profile is taken as it is, or the run refused.
+    Args:
+        data: `builtin`, text or JSONL files, or `hf:NAME`.
+        template: a template, or the path or shipped name of one.
+        name: the model's name, as it shall stand in the recipes.
 
     Raises:
-        UsageError: nothing could be proved.
+        MissingInputError: too little text.
+        UsageError: nothing is opened, or nothing could be proved.
     """
-    if held := runs.read_summary(tuner.folder, tuner.bound()):
-        tuner.say("finished run reused", 1, 1)
-        return held
-    profile = tuner.held_profile() if calibrated else tuner.profile()
-    points = tuner.prove(tuner.search(profile))
-    if not points:
-        raise UsageError("The search found no feasible recipe.", "Give more --trials.")
-    return tuner.finish(points, command)
+    opened_by = template if isinstance(template, Recipe) else load_recipe(find(template))
+    texts = split(read(data))
+    wanted = settings or Settings()
+    return Tuner(
+        model, tokenizer, texts, opened_by, Path(folder), name=name, settings=wanted, say=say
+    ).run()

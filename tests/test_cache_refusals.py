@@ -137,10 +137,10 @@ def test_a_row_that_is_cropped_to_its_padding_starts_anew(
 
 @pytest.mark.parametrize("kept", [67, 68, 70, 90, 139])
 @pytest.mark.parametrize("sizes", [[50], [1] * 50, [7] * 7 + [1]])
-def test_what_was_cropped_was_never_there(
+def test_after_a_crop_chunks_still_equal_steps(
     llama: Any, kept: int, sizes: list[int], prompted: CompressedCache, draw: Any, play: Any
 ) -> None:
-    """Pages stay, so the same pages without the cropped tokens are the reference."""
+    """What is in pages by then stays there, however short the text becomes."""
     prompted.crop(kept - 140)
     assert prompted.get_seq_length() == kept
     found = play(llama, prompted, draw(1, 50, seed=9), sizes)

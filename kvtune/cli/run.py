@@ -18,7 +18,7 @@ from kvtune.models import facts
 from kvtune.recipe import Recipe
 from kvtune.search import STUDY, Limits
 from kvtune.study import rows
-from kvtune.tune import Settings, Tuner, tune
+from kvtune.tune import Settings, Tuner
 
 
 def open_run(
@@ -68,7 +68,7 @@ def finished(tuner: Tuner, command: str, calibrated: bool = False) -> dict[str, 
     """Runs all stages that are not finished yet; returns the summary."""
     if tuner.limits.anew:
         (tuner.folder / runs.SUMMARY).unlink(missing_ok=True)
-    return tune(tuner, command, calibrated)
+    return tuner.run(command, calibrated)
 
 
 def command_line(*more: str) -> str:

@@ -1,0 +1,63 @@
+"""The multiple-choice knapsack, solved exactly for every budget at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+STATES = 1 << 20  # past this many distinct sums sizes are rounded up to a common unit
+
+Item = tuple[int, float]  # size in bytes, price
+
+
+class Knapsack:
+    """Picks one item of each group so that the sizes keep within a budget at the least price.
+
+    Dynamic programming over sizes in units of their common divisor. One pass serves all budgets,
+    and is exact where a solver in floating point stops at its tolerances.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Item]]) -> None:
+        self._least = sum(min(size for size, _ in group) for group in groups)
+        most = sum(max(size for size, _ in group) for group in groups)
+        common = math.gcd(*(size for group in groups for size, _ in group))
+        self._unit = max(common, math.ceil(most / STATES))
+        self._sizes = [[math.ceil(size / self._unit) for size, _ in group] for group in groups]
+        top = sum(max(sizes) for sizes in self._sizes)
+        best = np.zeros(top + 1)
+        self._picks: list[np.ndarray] = []
+        for sizes, group in zip(self._sizes, groups, strict=True):
+            best, pick = _joined(best, sizes, [price for _, price in group])
+            self._picks.append(pick)
+
+    def solve(self, budget: int) -> list[int]:
+        """Returns the index of the chosen item of each group.
+
+        Raises:
+            ValueError: the smallest items exceed the budget.
+        """
+        if budget < self._least:
+            raise ValueError(f"budget {budget} is below the smallest sum {self._least}")
+        smallest = sum(min(sizes) for sizes in self._sizes)
+        left = min(max(budget // self._unit, smallest), len(self._picks[0]) - 1)
+        chosen = []
+        for sizes, pick in zip(reversed(self._sizes), reversed(self._picks), strict=True):
+            chosen.append(int(pick[left]))
+            left -= sizes[chosen[-1]]
+        return chosen[::-1]
+
+
+def _joined(
+    best: np.ndarray, sizes: Sequence[int], prices: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least price for every budget with one more group, and the item that gives it."""
+    joined = np.full_like(best, np.inf)
+    pick = np.zeros(len(best), dtype=np.uint16)
+    for index, (size, price) in enumerate(zip(sizes, prices, strict=True)):
+        offer = best[: len(best) - size] + price
+        better = offer < joined[size:]
+        joined[size:][better] = offer[better]
+        pick[size:][better] = index
+    return joined, pick
