@@ -279,3 +279,13 @@ def test_search_needs_a_calibrated_folder(kv, tmp_path):
     said = kv("search", tmp_path)
     assert said.code == 7
     assert f"kvtune calibrate MODEL -o {tmp_path}" in said.err.replace("\n", "")
+
+
+def test_bench_times_trials_behind_each_context(kv, place):
+    said = kv.json(
+        "bench",
+        place / "model",
+        *("--data", place / "text.txt", "--sequences", "2", "--continuation", "16"),
+        *("--contexts", "128,256"),
+    )
+    assert [row["context"] for row in said["data"]["trials"]] == [128, 256]

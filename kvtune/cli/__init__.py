@@ -17,7 +17,7 @@ ENDINGS = (
 
 def build() -> typer.Typer:
     """The application with all its verbs."""
-    from kvtune.cli import apply, calibrate, doctor, methods, recipe, search, tune
+    from kvtune.cli import apply, bench, calibrate, doctor, methods, recipe, search, tune
     from kvtune.cli.verb import add
 
     app = typer.Typer(
@@ -37,6 +37,7 @@ def build() -> typer.Typer:
         add(recipes, work, name, f"recipe.{name}")
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
+    add(app, bench.bench, "bench")
     add(app, doctor.doctor, "doctor")
     return app
 
