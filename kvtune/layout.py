@@ -28,7 +28,7 @@ class Goal:
     context: int = 32768
     batch: int = 1
     budgets: int = 18  # points of the surrogate front
-    rivals: int = 5  # uniform recipes that the search measures beside it; a proof meets them all
+    rivals: int = 16  # uniform recipes that meet it on held-out text; a third is searched too
     clusters: int = 4  # per side
 
     @classmethod
@@ -57,7 +57,8 @@ class Layout:
         self.surrogate, self.choices, self.known, self.goal = surrogate, choices, known, goal
         self.clusters = surrogate.clusters(goal.clusters)
         self.rivals = self._rivals()
-        some = {name: self.rivals[name] for name in spread(list(self.rivals), goal.rivals)}
+        searched = spread(list(self.rivals), max(2, goal.rivals // 3))
+        some = {name: self.rivals[name] for name in searched}
         self.bases = _distinct({**some, **self._protected(some), **self._fronts()})
         moves = {name: tuple(STEPS) for name in self.clusters}
         still = dict.fromkeys(self.clusters, "same")
@@ -95,7 +96,7 @@ class Layout:
             if kl < best:
                 kept.append(name)
                 best = kl
-        return {name: every[name] for name in kept}
+        return {name: every[name] for name in spread(kept, self.goal.rivals)}
 
     def _protected(self, some: Mapping[str, Assignment]) -> dict[str, Assignment]:
         """The rule of thumb: a middling uniform recipe, first and last two layers at their best."""

@@ -47,7 +47,7 @@ class Settings:
     sizes: Sizes = field(default_factory=Sizes)
     goal: Goal = field(default_factory=Goal)
     seed: int = 0
-    proof_steps: int = 48
+    proof_steps: int = 32
     points: int = 10  # how many recipes of the front are proved
     max_kl: float = 0.02  # the chosen recipe is the smallest one within it
 

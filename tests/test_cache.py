@@ -267,3 +267,12 @@ def test_a_reset_cache_is_as_new(case: Any, play: Any, draw: Any) -> None:
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(play(model, cache, tokens, [50, 1, 39]), expected, **TIGHT)
     torch.testing.assert_close(play(model, cache.fresh(), tokens, [50, 1, 39]), expected, **TIGHT)
+
+
+def test_a_reset_layer_is_as_new(llama: Any, recipe_of: Any, play: Any, draw: Any) -> None:
+    cache, tokens = load(recipe_of("k4v2-windowed"), llama), draw(2, 120)
+    expected = play(llama, cache, tokens, [110, 10])
+    for layer in cache.layers:
+        layer.reset()
+    assert cache.nbytes == cache.get_seq_length() == 0
+    torch.testing.assert_close(play(llama, cache, tokens, [110, 10]), expected, **TIGHT)
