@@ -17,6 +17,7 @@ from kvtune.surrogate import Assignment, Surrogate
 T = TypeVar("T")
 OBJECTIVES = ("memory", "accuracy")
 START = "start"
+NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothing
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 
 
@@ -28,7 +29,7 @@ class Goal:
     context: int = 32768
     batch: int = 1
     budgets: int = 18  # points of the surrogate front
-    rivals: int = 16  # uniform recipes that meet it on held-out text; a third is searched too
+    rivals: int = 12  # uniform recipes that meet it on held-out text; a third is searched too
     clusters: int = 4  # per side
 
     @classmethod
@@ -83,8 +84,12 @@ class Layout:
         )
 
     def _fronts(self) -> dict[str, Assignment]:
-        budgets = self.surrogate.budgets(self.goal.budgets)
-        return {f"knapsack {i:02}": self.surrogate.cheapest(b) for i, b in enumerate(budgets)}
+        found: dict[str, Assignment] = {}
+        for index, budget in enumerate(self.surrogate.budgets(self.goal.budgets)):
+            found[f"knapsack {index:02}"] = chosen = self.surrogate.cheapest(budget)
+            if self.surrogate.predict(chosen)[1] < NEGLIGIBLE:
+                break
+        return found
 
     def _rivals(self) -> dict[str, Assignment]:
         """Uniform recipes on their own predicted front: what a user would try by hand."""
@@ -93,7 +98,7 @@ class Layout:
         best = float("inf")
         predicted = ((*self.surrogate.predict(chosen), name) for name, chosen in every.items())
         for _, kl, name in sorted(predicted):
-            if kl < best:
+            if kl < best and best > NEGLIGIBLE:
                 kept.append(name)
                 best = kl
         return {name: every[name] for name in spread(kept, self.goal.rivals)}

@@ -95,6 +95,11 @@ class Bench:
         logits = self.model(bank.inputs[rows], past_key_values=Cache(layers=layers)).logits
         return compare([bank.logp[row] for row in rows], logits, bank.targets[rows])
 
+    def cache(self, policies: tuple[Policy, ...]) -> Cache:
+        """A cache that holds the contexts, for generation to go on from."""
+        rows = list(range(self.bank.tokens.shape[0]))
+        return Cache(layers=[self._layer(i, own, rows, True) for i, own in enumerate(policies)])
+
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""
         made = CompressedLayer(policy, sites(layer, self._ropes.get(layer), {}))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.cache_utils import Cache
 
 from kvtune import recipe as recipes
 from kvtune.bank import Bank, Sizes, build, text_tokens
-from kvtune.cache import CompressedCache, Weight, load, weigh
+from kvtune.cache import Weight, load, weigh
 from kvtune.measure import Quality, compare
 from kvtune.models import facts
 from kvtune.recipe import Recipe
@@ -47,19 +48,22 @@ class Forced(LogitsProcessor):
 
 
 @torch.no_grad()
-def by_generation(model: Any, cache: CompressedCache, bank: Bank, steps: int) -> Quality:
-    """Runs `model.generate` with the cache: prefills the bank's
-    contexts, then `steps` tokens one by one.
+def by_generation(model: Any, cache: Cache, bank: Bank, steps: int) -> Quality:
+    """Runs `model.generate` with the cache: prefills the bank's contexts, then `steps` tokens.
+
+    A prompt sees itself exactly under every recipe, so a cache that already holds the contexts
+    (`Bench.cache`) saves its forward; generation then goes straight on, one token after the other.
 
     Returns the quality at each of these positions [N, steps], against the same dense
     log-probabilities as a trial.
     """
     steps = min(steps, bank.continuation)
     forced = Forced(bank)
+    first = 0 if cache.get_seq_length() == 0 else 1  # generate wants at least one new token
     config = GenerationConfig(
-        max_new_tokens=steps + 1, do_sample=False, pad_token_id=0, use_cache=True
+        max_new_tokens=steps + 1 - first, do_sample=False, pad_token_id=0, use_cache=True
     )
-    prompt = bank.tokens[:, : bank.context]
+    prompt = bank.tokens[:, : bank.context + first]
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

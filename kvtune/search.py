@@ -28,7 +28,7 @@ class Limits:
     """Where a study lives, when its search ends, and what becomes of rows that it has."""
 
     storage: str  # a database URL, or the path of an SQLite file
-    trials: int = 30
+    trials: int = 28
     seconds: float | None = None
     resume: bool = True
     anew: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtune import runs
 from kvtune.bank import Bank, Sizes, build, text_tokens
-from kvtune.cache import load, weigh
+from kvtune.cache import weigh
 from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet
 from kvtune.errors import IntegrityError, UsageError
 from kvtune.files import sweep, write_atomic
@@ -23,7 +23,7 @@ from kvtune.front import (
     worth_proving,
 )
 from kvtune.layout import Goal
-from kvtune.measure import Bench, Quality
+from kvtune.measure import Bench
 from kvtune.models import Facts, facts, fingerprint, label
 from kvtune.profile import Profile
 from kvtune.prove import Proof, by_generation, environment
@@ -48,7 +48,7 @@ class Settings:
     goal: Goal = field(default_factory=Goal)
     seed: int = 0
     proof_steps: int = 32
-    points: int = 10  # how many recipes of the front are proved
+    points: int = 9  # how many recipes of the front are proved
     max_kl: float = 0.02  # the chosen recipe is the smallest one within it
 
 
@@ -158,7 +158,8 @@ class Tuner:
         points: list[Point] = []
         proved = worth_proving(measured, most)
         for candidate in proved:
-            quality = self._generated(candidate, bank)
+            cache = bench.cache(candidate.policies)
+            quality = by_generation(self.model, cache, bank, self.settings.proof_steps)
             weight = weigh(candidate.policies, self.known, goal.context, goal.batch)
             proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
             rival = best_uniform(measured, candidate.bytes)
@@ -214,10 +215,6 @@ class Tuner:
         }
         same = all(held.meta.get(name) == value for name, value in wanted.items())
         return same and not missing_cells(held, self.choices)
-
-    def _generated(self, candidate: Candidate, bank: Bank) -> Quality:
-        recipe = to_recipe(dict(enumerate(candidate.policies)), len(self.known.layers))
-        return by_generation(self.model, load(recipe, self.model), bank, self.settings.proof_steps)
 
     def _written(
         self, index: int, candidate: Candidate, rival: float | None, proof: Proof

@@ -52,6 +52,8 @@ def test_bank_measurement_equals_generation(
     policies = recipe.policies(facts(model.config))
     measured = bench.measure(policies)
     generated = by_generation(model, load(recipe, model), bench.bank, MORE)
+    went_on = by_generation(model, bench.cache(policies), bench.bank, MORE)
+    torch.testing.assert_close(went_on.kl, generated.kl, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(measured.kl, generated.kl, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(measured.dnll, generated.dnll, atol=1e-5, rtol=1e-3)
     assert torch.equal(measured.flips, generated.flips)

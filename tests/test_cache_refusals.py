@@ -107,18 +107,20 @@ def test_a_crop_to_a_length_is_refused(prompted: CompressedCache) -> None:
         prompted.crop(100)
 
 
+@pytest.mark.parametrize(("count", "windows"), [(98, (98, 78)), (118, (83, 98))])
 def test_a_crop_that_one_row_refuses_takes_nothing_from_the_others(
-    llama: Any, recipe_of: Any, draw: Any, play: Any
+    llama: Any, count: int, windows: tuple[int, int], recipe_of: Any, draw: Any, play: Any
 ) -> None:
-    """Rows of different padding hold windows of different length: 95 and 75 tokens."""
-    tokens, recipe = draw(2, 107), recipe_of(WINDOWED)
-    mask = (torch.arange(107) >= torch.tensor([[0], [20]])).long()
+    """Rows of different padding hold windows of different length."""
+    tokens, recipe = draw(2, count + 9), recipe_of(WINDOWED)
+    mask = (torch.arange(count + 9) >= torch.tensor([[0], [20]])).long()
     cache = load(recipe, llama)
-    play(llama, cache, tokens[:, :98], [98], mask[:, :98])
+    play(llama, cache, tokens[:, :count], [count], mask[:, :count])
+    assert tuple(group.rows.exact for group in cache.layers[0].groups) == windows
     with pytest.raises(UnsupportedError, match="crop"):
-        cache.crop(-80)
-    found = play(llama, cache, tokens[:, 98:], [9], mask)
-    expected = play(llama, load(recipe, llama), tokens, [98, 9], mask)[:, 98:]
+        cache.crop(-min(windows) - 1)
+    found = play(llama, cache, tokens[:, count:], [9], mask)
+    expected = play(llama, load(recipe, llama), tokens, [count, 9], mask)[:, count:]
     torch.testing.assert_close(found, expected, **TIGHT)
 
 

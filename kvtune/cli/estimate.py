@@ -8,7 +8,7 @@ from typing import Any
 
 from kvtune.cli.options import Text
 
-POINTS, STEPS = 10, 32  # recipes that are proved, and the tokens of each proof
+POINTS, STEPS = 9, 32  # recipes that are proved, and the tokens of each proof
 CANDIDATES = 30  # recipes of the study that are measured on held-out text
 SHARE = 0.3  # of the product's speed that a whole model reaches
 PER_CELL = 5e-8  # seconds per context token and cache value of encoding one cell, on a CPU

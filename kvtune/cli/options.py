@@ -88,7 +88,7 @@ class Text:
 class Aim:
     """How much is searched, and what is chosen in the end."""
 
-    trials: Annotated[int, _search(min=1, help="Recipes that the search measures.")] = 30
+    trials: Annotated[int, _search(min=1, help="Recipes that the search measures.")] = 28
     time: Annotated[
         float | None,
         _search(parser=amounts.duration, metavar="TIME", help="Search no longer: 90s, 10m."),
