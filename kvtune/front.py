@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kvtune.cache import weigh
-from kvtune.layout import Layout
+from kvtune.layout import NEGLIGIBLE, Layout
 from kvtune.measure import Bench
 from kvtune.prove import Proof
 from kvtune.recipe import Policy
@@ -66,7 +66,10 @@ def held_out(bench: Bench, layout: Layout, origin: str, chosen: Assignment) -> C
 
 
 def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
-    """The points that no other beats on held-out text, uniform ones included; largest first."""
+    """The points that no other beats on held-out text, uniform ones included; largest first.
+
+    Of those with a negligible KL only the smallest is kept.
+    """
     best = [
         own
         for own in measured
@@ -77,6 +80,8 @@ def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
         )
     ]
     best.sort(key=lambda candidate: -candidate.bytes)
+    while len(best) > 1 and best[1].kl < NEGLIGIBLE:
+        del best[0]
     return evenly(best, [candidate.bytes for candidate in best], most)
 
 

@@ -78,8 +78,8 @@ A KV-cache recipe for {base_model}: {first["bits"]:.2f} true bits per cached val
 The front it was chosen from, measured by generation on {first["positions"]:,} held-out positions
 after contexts of {first["context"]:,} tokens (95 % bootstrap intervals over sequences):
 
-| recipe | true bits | smaller | KL, nats | flips |
-|---|---|---|---|---|
+| true bits | smaller | KL, nats | flips |
+|---|---|---|---|
 {rows}
 
 Made by `{command}`.
@@ -88,8 +88,7 @@ Made by `{command}`.
 
 def _row(point: Mapping[str, Any], chosen: bool) -> str:
     cells = (
-        f"{point['label']}{' (this one)' if chosen else ''}",
-        f"{point['bits']:.2f}",
+        f"{point['bits']:.2f}{' (this one)' if chosen else ''}",
         f"{point['ratio']:.2f}x",
         f"{point['kl']:.4f} ({point['kl_low']:.4f} to {point['kl_high']:.4f})",
         f"{100 * point['flips']:.1f} %",

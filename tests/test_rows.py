@@ -112,6 +112,15 @@ def test_rows_grow_as_if_they_had_been_filled_at_once(recipe_name: str, rows_of:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_rows_hold_no_more_than_they_store(recipe_name: str, heads: int, rows_of: Any) -> None:
+    """With one row and one head a slice of the prompt is contiguous, and still must be copied."""
+    rows = rows_of(recipe_name)
+    keys, values = draw(1, 200)[:, :heads].clone(), draw(1, 200, seed=1)[:, :heads].clone()
+    rows.fill(keys, values)
+    assert rows.nbytes == sum(x.nbytes for x in stored(rows))
+
+
 def test_what_happens_to_a_fork_leaves_its_trunk(recipe_name: str, rows_of: Any) -> None:
     trunk = rows_of(recipe_name)
     trunk.fill(draw(2, 130), draw(2, 130, seed=1))

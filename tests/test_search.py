@@ -11,7 +11,7 @@ from kvtune.bank import Sizes, build
 from kvtune.cache import weigh
 from kvtune.calibrate import price_cells
 from kvtune.errors import IntegrityError, UsageError
-from kvtune.front import evenly
+from kvtune.front import Candidate, best_uniform, evenly, worth_proving
 from kvtune.layout import START, Goal, Layout, spread, uniforms
 from kvtune.measure import Bench
 from kvtune.models import facts
@@ -180,3 +180,22 @@ def _facts() -> Any:
     from kvtune.models import Facts, LayerFacts
 
     return Facts("Tiny", (LayerFacts("full_attention", 2, 4, 64),), 4096, 61)
+
+
+def test_only_points_that_nothing_beats_are_proved() -> None:
+    def candidate(size: int, kl: float, origin: str = "knapsack") -> Candidate:
+        return Candidate(origin, (), size, kl)
+
+    measured = [
+        candidate(9, 1e-7),
+        candidate(8, 2e-6),
+        candidate(6, 1e-3),
+        candidate(6, 2e-3),
+        candidate(5, 5e-3, "uniform a"),
+        candidate(4, 9e-3),
+        candidate(5, 6e-3),
+    ]
+    kept = worth_proving(measured, 9)
+    assert [(c.bytes, c.kl) for c in kept] == [(8, 2e-6), (6, 1e-3), (5, 5e-3), (4, 9e-3)]
+    assert best_uniform(measured, 6) == 5e-3
+    assert best_uniform(measured, 4) is None

@@ -51,9 +51,9 @@ def _cells(point: dict[str, Any]) -> list[str]:
     return [
         f"{point['bits']:.2f}",
         f"{point['ratio']:.2f}x",
-        f"{point['kl']:.4f}",
-        f"{point['kl_low']:.4f} to {point['kl_high']:.4f}",
+        f"{point['kl']:.5f}",
+        f"{point['kl_low']:.5f} to {point['kl_high']:.5f}",
         f"{point['flips']:.1%}",
-        f"{point['held_out_kl']:.4f}",
-        "none" if rival is None else f"{rival:.4f}",
+        f"{point['held_out_kl']:.5f}",
+        "none" if rival is None else f"{rival:.5f}",
     ]
