@@ -180,8 +180,8 @@ def test_derope_alone_is_dense_under_scaled_frequencies(
     torch.testing.assert_close(found, dense, **TIGHT)
 
 
-def test_a_page_never_changes_once_it_is_written(case: Any, play: Any, draw: Any) -> None:
-    model, make = case
+def test_a_page_never_changes_once_it_is_written(llama_case: Any, play: Any, draw: Any) -> None:
+    model, make = llama_case
     cache = make()
     prompt = prompt_of(cache) + 40
     tokens = draw(2, prompt + 90)
@@ -258,8 +258,8 @@ def test_a_filled_layer_is_what_a_prompt_leaves(
     )
 
 
-def test_a_reset_cache_is_as_new(case: Any, play: Any, draw: Any) -> None:
-    model, make = case
+def test_a_reset_cache_is_as_new(llama_case: Any, play: Any, draw: Any) -> None:
+    model, make = llama_case
     cache, tokens = make(), draw(2, 90)
     expected = play(model, cache, tokens, [50, 1, 39])
     play(model, cache, draw(2, 20, seed=3), [20])

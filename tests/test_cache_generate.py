@@ -76,9 +76,9 @@ def logits_alone(model: Any, cache: Any, row: Tensor, prompt: int, play: Any) ->
 
 @pytest.mark.parametrize("mode", ["greedy", "sampling", "several returned"])
 def test_each_row_is_generated_as_it_would_be_alone(
-    case: Any, mode: str, generate: Any, draw: Any, play: Any
+    llama_case: Any, mode: str, generate: Any, draw: Any, play: Any
 ) -> None:
-    model, make = case
+    model, make = llama_case
     tokens = draw(2, 50)
     out = generate(model, tokens, make(), mode, return_dict_in_generate=True, output_logits=True)
     found = torch.stack(out.logits, 1)
