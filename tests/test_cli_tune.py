@@ -106,7 +106,7 @@ def test_the_table_and_json_hold_the_same_points(kv, tuned, place, sizes):
     data = kv.json("tune", place / "model", "-o", folder, *sizes, "--trials", 4, "-q")["data"]
     for point in data["points"]:
         assert f"{point['bits']:.2f}" in done.out
-        assert f"{point['kl_low']:.4f} to {point['kl_high']:.4f}" in done.out
+        assert f"{point['kl_low']:.5f} to {point['kl_high']:.5f}" in done.out
     assert (folder / data["points"][data["chosen"]]["file"]).read_bytes() == (
         folder / "chosen" / "recipe.toml"
     ).read_bytes()
