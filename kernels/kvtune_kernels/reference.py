@@ -1,9 +1,14 @@
 """Packing and attention in plain torch: the definition of
 right that every kernel is tested against."""
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+
+PAGE = 64  # tokens of a page: what an attention kernel reads at once
 
 
 def packed_width(width: int, bits: int) -> int:
@@ -14,20 +19,19 @@ def packed_width(width: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs codes [..., N] (uint8, each below 2**bits) into bytes [..., N * bits / 8].
 
-    Split order: with two codes a byte, byte j holds codes j and j + N/2; with four, j, j + N/4 and
-    so on. Unpacking is then elementwise and lands in contiguous runs, which suits both torch and a
-    GPU tile. Three bits are a plane of the low two bits followed by a plane of the high bit, so no
-    code crosses a byte.
+    The N codes are cut into 8 / bits slices of W bytes' length, and lane j of all slices shares a
+    byte's worth of bits, so that unpacking is elementwise. Four neighbouring lanes j, j + 1, j + 2,
+    j + 3 share a 32-bit word: even lanes its low half, odd lanes its high half, since a GPU makes
+    two numbers at once of the two halves of a word. A half is rotated so that its first codes lie
+    on top of a float16's fraction. 3 bits are a plane of the low two bits, then a plane of the high
+    bits. Where a plane is no multiple of four bytes (no kernel reads those), lanes stay bytes.
     """
     if bits == 8:
         return codes
     if bits == 3:
-        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], -1)
-    parts = codes.chunk(8 // bits, -1)
-    packed = parts[0].clone()
-    for index, part in enumerate(parts[1:], 1):
-        packed |= part << (index * bits)
-    return packed
+        low, high = codes & 3, codes >> 2
+        return torch.cat([_pack_lanes(low, 2, 5), _pack_plane(high)], -1)
+    return _pack_lanes(codes, bits, 6)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -36,9 +40,97 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     if bits == 3:
         low, high = packed.split([packed.shape[-1] // 3 * 2, packed.shape[-1] // 3], -1)
-        return unpack(low, 2) | unpack(high, 1) << 2
-    mask = 2**bits - 1
-    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], -1)
+        return _unpack_lanes(low, 2, 5) | _unpack_plane(high) << 2
+    return _unpack_lanes(packed, bits, 6)
+
+
+def _pack_lanes(codes: Tensor, bits: int, turn: int) -> Tensor:
+    """Slices [..., 8 / bits * W] to bytes [..., W], the first code of a half at bit `turn`."""
+    wide = codes.shape[-1] * bits // 8 % 4 == 0
+    lanes = (2, 2) if wide else (1, 1)
+    slots = codes.unflatten(-1, (8 // bits, -1, *lanes)).to(torch.int32)  # [..., slice, word, k, h]
+    held = slots[..., 0, :, 0, :].clone()
+    for i in range(8 // bits):
+        for k in range(lanes[0]):
+            if i + k:
+                held |= slots[..., i, :, k, :] << bits * (lanes[0] * i + k)
+    if not wide:
+        return held.flatten(-2).to(torch.uint8)
+    held = (held << turn | held >> (16 - turn)).to(torch.int16)
+    return held.flatten(-2).contiguous().view(torch.uint8)
+
+
+def _unpack_lanes(packed: Tensor, bits: int, turn: int) -> Tensor:
+    wide = packed.shape[-1] % 4 == 0
+    if wide:
+        held = _halves(packed)
+        held = held >> turn | held << (16 - turn)
+    else:
+        held = packed.to(torch.int32).unsqueeze(-1)
+    count = 2 if wide else 1
+    shifts = torch.arange(0, 8 * count, bits, dtype=torch.int32, device=packed.device)
+    slots = held.unsqueeze(-1) >> shifts & 2**bits - 1  # [..., word, h, slot]
+    slots = slots.unflatten(-1, (-1, count)).to(torch.uint8)  # [..., word, h, slice, k]
+    return slots.movedim(-2, -4).transpose(-1, -2).flatten(-4)
+
+
+def _pack_plane(high: Tensor) -> Tensor:
+    """High bits [..., N] to bytes [..., N / 8]: lanes of the upper half of a slice of N / 4 lie one
+    bit above those of its lower half, and both two bits above their codes' low bits."""
+    if high.shape[-1] % 32:
+        return _pack_lanes(high, 1, 6)
+    slots = high.unflatten(-1, (4, 2, -1, 2, 2)).to(torch.int32)  # [..., slice, upper, word, k, h]
+    held = torch.zeros_like(slots[..., 0, 0, :, 0, :])
+    for i, upper, k in itertools.product(range(4), range(2), range(2)):
+        held |= slots[..., i, upper, :, k, :] << (4 * i + 2 * k + 6 + upper) % 16
+    return held.to(torch.int16).flatten(-2).contiguous().view(torch.uint8)
+
+
+def _unpack_plane(packed: Tensor) -> Tensor:
+    if packed.shape[-1] % 4:
+        return _unpack_lanes(packed, 1, 6)
+    order = [
+        (4 * i + 2 * k + 6 + upper) % 16
+        for i, upper, k in itertools.product(range(4), range(2), range(2))
+    ]
+    shifts = torch.tensor(order, dtype=torch.int32, device=packed.device)
+    slots = (_halves(packed).unsqueeze(-1) >> shifts & 1).to(torch.uint8)  # [..., word, h, 16]
+    slots = slots.unflatten(-1, (4, 2, 2))  # [..., word, h, slice, upper, k]
+    return slots.movedim((-3, -2), (-5, -4)).transpose(-1, -2).flatten(-5)
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """Bytes [..., 4 * words] to their 16-bit halves [..., words, 2], as int32."""
+    return packed.contiguous().view(torch.int16).to(torch.int32).bitwise_and(0xFFFF).unflatten(
+        -1, (-1, 2)
+    )
+
+
+def pack_pages(codes: Tensor, bits: int, keys: bool) -> Tensor:
+    """Packs codes [B, H, T, D] into pages [B, H, T / PAGE, PAGE * D * bits / 8].
+
+    A page of keys has a line of D channels for each token, a page of values a line of PAGE tokens
+    for each channel: an attention kernel contracts along a line. The planes of 3 bits are whole.
+    """
+    lines = codes.unflatten(2, (-1, PAGE))
+    packed = pack(lines if keys else lines.transpose(-1, -2), bits)
+    if bits != 3:
+        return packed.flatten(-2)
+    low, high = packed.split([packed.shape[-1] // 3 * 2, packed.shape[-1] // 3], -1)
+    return torch.cat([low.flatten(-2), high.flatten(-2)], -1)
+
+
+def unpack_pages(pages: Tensor, bits: int, keys: bool) -> Tensor:
+    """Inverse of `pack_pages`: codes [B, H, T, D] (uint8)."""
+    width = pages.shape[-1] // PAGE  # bytes of a token
+    lines = PAGE if keys else width * 8 // bits
+    if bits == 3:
+        low, high = pages.split([pages.shape[-1] // 3 * 2, pages.shape[-1] // 3], -1)
+        packed = torch.cat([low.unflatten(-1, (lines, -1)), high.unflatten(-1, (lines, -1))], -1)
+    else:
+        packed = pages.unflatten(-1, (lines, -1))
+    codes = unpack(packed, bits)
+    return (codes if keys else codes.transpose(-1, -2)).flatten(2, 3)
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
