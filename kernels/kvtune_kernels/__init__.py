@@ -1,6 +1,32 @@
-"""The public ops of the runtime: packing, group
-quantisation and attention over [B, H, T, D] tensors."""
+"""The public ops of the runtime: packing, group quantisation
+and attention over [B, H, T, D] tensors; Triton or plain torch."""
 
-from kvtune_kernels.reference import attend, dequantize, pack, packed_width, quantize, unpack
+from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window
+from kvtune_kernels.launch import (
+    Workspace,
+    append,
+    attend_packed,
+    encode_into,
+    implementation,
+    runs_triton,
+    unsupported,
+)
+from kvtune_kernels.reference import attend, decode, encode
 
-__all__ = ["attend", "dequantize", "pack", "packed_width", "quantize", "unpack"]
+__all__ = [
+    "PAGE",
+    "Exact",
+    "Format",
+    "Packed",
+    "Window",
+    "Workspace",
+    "append",
+    "attend",
+    "attend_packed",
+    "decode",
+    "encode",
+    "encode_into",
+    "implementation",
+    "runs_triton",
+    "unsupported",
+]

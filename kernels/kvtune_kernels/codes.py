@@ -2,12 +2,13 @@
 
 A 16-bit half of a packed word holds the codes of several slices (see `reference.pack`). One LOP3
 puts a code of each half under the exponent of 1.0, where it reads 1 + code / 2**bits; one packed
-FMA with scale * 2**bits and zero - scale * 2**bits makes two values of it. The offset under a code
-is thus at most 2**bits steps, and rounding it costs less than rounding the value. Codes that lie
-two bits lower are lifted exactly by x * 4 - 3. Bytes (8 bits) go under the exponent of 1024.
+FMA with scale * 2**bits and zero - scale * 2**bits makes two values of it. (Codes of 2 and 3 bits
+in lanes 0, 1 of four lie two bits lower: there it is 2**(bits + 2).) The offset under a code is
+thus at most 16 steps, 32 for 3 bits, and rounding it costs no more than rounding a bfloat16 does.
+Bytes (8 bits) go under the exponent of 1024, and the offset is subtracted exactly.
 
-Floor: instructions per value of a thread, 1.4 for 2 and 4 bits, 1.5 for 8, 2.2 for 3 bits, against
-the 5.3 that an H100 can issue while 4-bit codes stream in at full bandwidth.
+Floor: instructions per value of a thread, 1.2 for 2 bits, 1.4 for 4, 1.5 for 8 and 1.9 for 3 bits,
+against the 5.3 that an H100 can issue while 4-bit codes stream in at full bandwidth.
 
 Inline PTX needs an NVIDIA GPU. Everywhere else, and in Triton's interpreter, the same values come
 from plain Triton (`portable_codes`).
@@ -18,9 +19,8 @@ import triton.language as tl
 
 
 @triton.jit
-def scale_and_zero(meta, LIFT: tl.constexpr, ASM: tl.constexpr):
-    """Splits uint32 metadata (scale below, zero above, float16 each) into
-    scale * LIFT and zero - scale * LIFT; LIFT = 0 leaves both as they are."""
+def scale_and_zero(meta, ASM: tl.constexpr):
+    """Splits uint32 metadata: float16 scale in the low half, float16 zero in the high half."""
     if ASM:
         scale, zero = tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
@@ -33,9 +33,6 @@ def scale_and_zero(meta, LIFT: tl.constexpr, ASM: tl.constexpr):
     else:
         scale = (meta & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         zero = (meta >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    if LIFT > 0:
-        scale = scale * LIFT
-        zero = zero - scale
     return scale, zero
 
 
@@ -97,31 +94,25 @@ def values_2(word, s0, z0, s1, z1, s2, z2, s3, z3):
     return tl.inline_asm_elementwise(
         """
     {
-    .reg .b32 m, f, n, b, c, d, x, y;
+    .reg .b32 m, b, c, d, x, y;
     mov.b32 m, 0x3C003C00;
-    mov.b32 f, 0x44004400;
-    mov.b32 n, 0xC200C200;
     shr.u32 b, $8, 4;
     prmt.b32 c, $8, 0, 0x2301;
     shl.b32 d, $8, 4;
     lop3.b32 x, $8, 0x00C000C0, m, 0xEA;
     lop3.b32 y, $8, 0x03000300, m, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $0, x, $9, $11;
     fma.rn.f16x2 $1, y, $10, $12;
     lop3.b32 x, b, 0x00C000C0, m, 0xEA;
     lop3.b32 y, b, 0x03000300, m, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $2, x, $13, $15;
     fma.rn.f16x2 $3, y, $14, $16;
     lop3.b32 x, c, 0x00C000C0, m, 0xEA;
     lop3.b32 y, c, 0x03000300, m, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $4, x, $17, $19;
     fma.rn.f16x2 $5, y, $18, $20;
     lop3.b32 x, d, 0x00C000C0, m, 0xEA;
     lop3.b32 y, d, 0x03000300, m, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $6, x, $21, $23;
     fma.rn.f16x2 $7, y, $22, $24;
     }""",
@@ -140,10 +131,8 @@ def values_3(word, high, s0, z0, s1, z1, s2, z2, s3, z3):
     return tl.inline_asm_elementwise(
         """
     {
-    .reg .b32 m, f, n, b, c, d, g, h, i, x, y;
+    .reg .b32 m, b, c, d, g, h, i, x, y;
     mov.b32 m, 0x3C003C00;
-    mov.b32 f, 0x44004400;
-    mov.b32 n, 0xC200C200;
     shr.u32 b, $8, 4;
     prmt.b32 c, $8, 0, 0x2301;
     shl.b32 d, $8, 4;
@@ -154,28 +143,24 @@ def values_3(word, high, s0, z0, s1, z1, s2, z2, s3, z3):
     lop3.b32 y, $8, 0x01800180, m, 0xEA;
     lop3.b32 x, $9, 0x00800080, x, 0xEA;
     lop3.b32 y, $9, 0x02000200, y, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $0, x, $10, $12;
     fma.rn.f16x2 $1, y, $11, $13;
     lop3.b32 x, b, 0x00600060, m, 0xEA;
     lop3.b32 y, b, 0x01800180, m, 0xEA;
     lop3.b32 x, g, 0x00800080, x, 0xEA;
     lop3.b32 y, g, 0x02000200, y, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $2, x, $14, $16;
     fma.rn.f16x2 $3, y, $15, $17;
     lop3.b32 x, c, 0x00600060, m, 0xEA;
     lop3.b32 y, c, 0x01800180, m, 0xEA;
     lop3.b32 x, h, 0x00800080, x, 0xEA;
     lop3.b32 y, h, 0x02000200, y, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $4, x, $18, $20;
     fma.rn.f16x2 $5, y, $19, $21;
     lop3.b32 x, d, 0x00600060, m, 0xEA;
     lop3.b32 y, d, 0x01800180, m, 0xEA;
     lop3.b32 x, i, 0x00800080, x, 0xEA;
     lop3.b32 y, i, 0x02000200, y, 0xEA;
-    fma.rn.f16x2 x, x, f, n;
     fma.rn.f16x2 $6, x, $22, $24;
     fma.rn.f16x2 $7, y, $23, $25;
     }""",

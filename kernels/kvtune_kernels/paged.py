@@ -42,78 +42,88 @@ def _spread(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _metadata(
-    META, tile, first, i: tl.constexpr, KEYS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+    META, tile, first: tl.constexpr, lift, i: tl.constexpr, KEYS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero of slice i of a packed tile, spread over its [ROWS, WIDE] values.
+    """Scale * lift and zero - scale * lift of slice i of a tile, over its [ROWS, WIDE] values.
 
     A tile of keys has tokens as rows and channels as lanes, a tile of values the other way round.
     """
     # extents of the slice in tokens and channels, and how many groups they cross
     tokens: tl.constexpr = ROWS if KEYS else WIDE
     channels: tl.constexpr = WIDE if KEYS else ROWS
-    if PER_TOKEN:
+    token0: tl.constexpr = first if KEYS else i * W
+    channel0: tl.constexpr = i * W if KEYS else 0
+    if PER_TOKEN:  # pages of [D / GROUP, PAGE]
         nt: tl.constexpr = tokens
-        nc: tl.constexpr = channels // GROUP if channels > GROUP else 1
-    else:
+        # a head of 96 channels is cut into slices of 48, which groups of 32 do not fit
+        whole: tl.constexpr = not KEYS or W % GROUP == 0 or GROUP % W == 0
+        few: tl.constexpr = channels // GROUP if channels > GROUP else 1
+        nc: tl.constexpr = few if whole else channels
+        t = token0 + tl.arange(0, nt)
+        c = channel0 // GROUP + tl.arange(0, nc)
+        if not whole:
+            c = (channel0 + tl.arange(0, nc)) // GROUP
+        there = c < D // GROUP
+        at = META + tile * (D // GROUP * PAGE)
+        c_step: tl.constexpr = PAGE
+    else:  # lines of D channels, one for GROUP tokens; written so that equal lines look equal
         nt: tl.constexpr = tokens // GROUP if tokens > GROUP else 1
         nc: tl.constexpr = channels
-    token0 = first if KEYS else i * W
-    channel0: tl.constexpr = i * W if KEYS else 0
-    t = tl.arange(0, nt)
-    c = tl.arange(0, nc)
-    if PER_TOKEN:  # pages of [D / GROUP, PAGE]
-        at = META + tile * (D // GROUP * PAGE)
-        t_off = token0 + t
-        c_off = (channel0 // GROUP + c) * PAGE
-        c_ok = channel0 // GROUP + c < D // GROUP
-    else:  # lines of D, one for GROUP tokens
-        at = META + (tile * PAGE + token0) // GROUP * D
-        t_off = t * D
-        c_off = channel0 + c
-        c_ok = c < (W if KEYS else D)
-    bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
+        t = tl.arange(0, nt) * D
+        c = channel0 + tl.arange(0, nc)
+        there = tl.arange(0, nc) < (W if KEYS else D)
+        line = tile * PAGE // GROUP
+        if GROUP < PAGE:
+            line += token0 // GROUP
+        at = META + line * D
+        c_step: tl.constexpr = 1
     if KEYS:
-        where = at + t_off[:, None] + c_off[None, :]
-        ok = c_ok[None, :] & (t[:, None] >= 0)
+        where = at + t[:, None] + c[None, :] * c_step
+        there = there[None, :] & (t[:, None] >= 0)
     else:
-        where = at + c_off[:, None] + t_off[None, :]
-        ok = c_ok[:, None] & (t[None, :] >= 0)
+        where = at + c[:, None] * c_step + t[None, :]
+        there = there[:, None] & (t[None, :] >= 0)
+    bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
     if bounded:
-        meta = tl.load(where, mask=ok, other=0)
+        meta = tl.load(where, mask=there, other=0)
     else:
         meta = tl.load(where)
-    if ASM:
-        LIFT: tl.constexpr = 0 if BITS == 8 else 1 << BITS
-    else:
-        LIFT: tl.constexpr = 0
-    return scale_and_zero(meta, LIFT, ASM)
+    s, z = scale_and_zero(meta, ASM)
+    if ASM and BITS != 8:
+        if BITS == 4:
+            s = s * 16.0
+        elif s.shape[1] == WIDE:
+            s = s * lift[None, :]
+        else:
+            s = _spread(s, ROWS, WIDE) * lift[None, :]
+            z = _spread(z, ROWS, WIDE)
+        z = z - s
+    return _spread(s, ROWS, WIDE), _spread(z, ROWS, WIDE)
 
 
 @triton.jit
 def _slice(
-    LINES, HIGH, rows, META, tile, first, i: tl.constexpr, KEYS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    LINES, HIGH, rows, META, tile, first: tl.constexpr, i: tl.constexpr, KEYS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Slice i of a tile as float16 values [ROWS, WIDE], in plain Triton."""
     j = tl.arange(0, WIDE)
     s, z = _metadata(
-        META, tile, first, i, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, False
+        META, tile, first, None, i, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, False
     )
-    s = _spread(s.to(tl.float32), ROWS, WIDE)
-    z = _spread(z.to(tl.float32), ROWS, WIDE)
     ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
     low = LINES + rows[:, None] * W
     high = HIGH + rows[:, None] * (W // 2)
-    x = portable_codes((low, high), j[None, :], i, BITS, W, ok) * s + z
+    x = portable_codes((low, high), j[None, :], i, BITS, W, ok) * s.to(tl.float32) + z.to(tl.float32)
     return tl.where(ok, x, 0.0).to(tl.float16)
 
 
 @triton.jit
 def _slices(
-    LINES, HIGH, rows, upper, META, tile, first, KEYS: tl.constexpr, BITS: tl.constexpr,
+    LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, KEYS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -141,6 +151,8 @@ def _slices(
                 WIDE,
             )  # fmt: skip
     else:
+        # codes of lanes 0, 1 of four lie two bits lower than those of lanes 2, 3
+        lift = tl.where(lanes % 4 < 2, 4.0, 1.0).to(tl.float16) * (8.0 if BITS == 3 else 4.0)
         j = tl.arange(0, WIDE)
         where = LINES + rows[:, None] * W + j[None, :]
         bounded: tl.constexpr = WIDE != W or (ROWS != D and not KEYS)
@@ -150,27 +162,19 @@ def _slices(
         else:
             word = tl.load(where)
         s0, z0 = _metadata(
-            META, tile, first, 0, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
+            META, tile, first, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
         )
-        s0 = _spread(s0, ROWS, WIDE)
-        z0 = _spread(z0, ROWS, WIDE)
         if BITS < 8:
             s1, z1 = _metadata(
-                META, tile, first, 1, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
+                META, tile, first, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
             )
-            s1 = _spread(s1, ROWS, WIDE)
-            z1 = _spread(z1, ROWS, WIDE)
         if BITS < 4:
             s2, z2 = _metadata(
-                META, tile, first, 2, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
+                META, tile, first, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
             )
-            s2 = _spread(s2, ROWS, WIDE)
-            z2 = _spread(z2, ROWS, WIDE)
             s3, z3 = _metadata(
-                META, tile, first, 3, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
+                META, tile, first, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
             )
-            s3 = _spread(s3, ROWS, WIDE)
-            z3 = _spread(z3, ROWS, WIDE)
         if BITS == 8:
             x0 = values_8(word, s0, z0)
             x1 = x0
@@ -188,14 +192,14 @@ def _slices(
                 high = tl.load(where, mask=ok, other=0)
             else:
                 high = tl.load(where)
-            high = shifted_left(high, (1 - upper)[None, :])
+            high = shifted_left(high, (1 - lanes // (W // 2))[None, :])
             x0, x1, x2, x3 = values_3(word, high, s0, z0, s1, z1, s2, z2, s3, z3)
     return x0, x1, x2, x3
 
 
 @triton.jit
 def _logits(
-    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, upper, seen, scale, BITS: tl.constexpr,
+    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr,
     ASM: tl.constexpr,
@@ -205,7 +209,7 @@ def _logits(
     page = KEYS + tile * (PAGE * D * BITS // 8)
     rows = u * ROWS + tl.arange(0, ROWS)
     k0, k1, k2, k3 = _slices(
-        page, page + PAGE * D * low // 8, rows, upper, META, tile, u * ROWS, True, BITS, GROUP, PER_TOKEN,
+        page, page + PAGE * D * low // 8, rows, lanes, META, tile, u * ROWS, True, BITS, GROUP, PER_TOKEN,
         D, ROWS, W, WIDE, ASM,
     )  # fmt: skip
     s = tl.dot(k0, q0)
@@ -216,7 +220,7 @@ def _logits(
         s = tl.dot(k3, q3, s)
     s = _capped(s, scale, CAP)
     if MASKED:
-        s = tl.where(tile * PAGE + rows[:, None] < seen[None, :], s, FAR)
+        s = tl.where((rows + tile * PAGE)[:, None] < seen[None, :], s, FAR)
     return s
 
 
@@ -232,25 +236,30 @@ def _capped(s, scale, CAP: tl.constexpr):
 
 @triton.jit
 def _exact(
-    q_row, used, position, due, EK, EV, known, start, part, ring, shift, scale, top, total, acc,
-    D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
-    CAP: tl.constexpr,
+    q_row, used, position, due, EK, EV, known, start, part, splits, ring, shift, scale, top, total,
+    acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Goes on with this part's share of the exact tokens: the sinks, and the ring behind them."""
     channel = tl.arange(0, D2)
     q = tl.load(
         q_row[None, :] + channel[:, None], mask=(channel[:, None] < D) & used[None, :], other=0.0
     )
+    if not ASM:
+        q = q.to(tl.float32)
     sinks = tl.minimum(known, SINKS)
     live = known - start  # exact tokens: the sinks, then from `start` on
-    for e0 in tl.range(part * EXACT, live, SPLITS * EXACT, num_stages=1):
+    for e0 in tl.range(part * EXACT, live, splits * EXACT, num_stages=1):
         e = e0 + tl.arange(0, EXACT)
         token = start + e - sinks  # after the sinks
         slot = tl.where(e < sinks, e, SINKS + (token - shift) % ring)
-        ok = (e < live)[:, None] & (channel < D)[None, :]
+        ok = (e < live)[:, None] & (channel < D)[None, :]  # what lies elsewhere may be NaN
         k = tl.load(EK + slot[:, None] * D + channel[None, :], mask=ok, other=0.0)
         v = tl.load(EV + slot[:, None] * D + channel[None, :], mask=ok, other=0.0)
-        s = _capped(tl.dot(k, q), scale, CAP)
+        if not ASM:  # the interpreter multiplies the bit patterns of bfloat16
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        s = _capped(tl.dot(k, q, input_precision="ieee"), scale, CAP)
         sees = tl.where(
             (e < sinks)[:, None],
             e[:, None] <= position[None, :],
@@ -262,42 +271,41 @@ def _exact(
         top = peak
         p = tl.where(s > FAR, tl.exp2(s - top[None, :]), 0.0)
         total = total * fade + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :])
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
     return top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ring", "shift", "batch", "heads", "share", "count", "splits"])
 def attend_split(
     Q, KC, KM, VC, VM, EK, EV, STATE, LANES, OUT, LSE, scale,
     q_b, q_h, q_m, kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ek_b, ek_h, ev_b, ev_h,
-    ring, shift, rows_b,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    D2: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
-    V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr, SPLITS: tl.constexpr,
+    ring, shift, batch, heads, share, count, splits,
+    N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
+    V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head over one stretch of pages and some exact tokens.
 
-    STATE [3, B] holds, for each row, the tokens seen, the paged tokens that every query may read,
-    and the paged tokens. The column c of a product is query head c // M at query c % M.
+    STATE [3, B] holds the tokens seen of each row, the paged tokens that all its queries read, and
+    its paged tokens. Column c of a product is query head c // count at query c % count.
     """
     part = tl.program_id(0)
     bh = tl.program_id(1)
-    b = (bh // HEADS).to(tl.int64)
-    h = (bh % HEADS).to(tl.int64)
-    column = tl.arange(0, N)
-    used = column < SHARE * M
-    head = column // M
-    query = column % M
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    column = tl.program_id(2) * N + tl.arange(0, N)
+    used = column < share * count
+    query = column % count
     known = tl.load(STATE + b)
-    start = tl.load(STATE + rows_b + b)
-    paged = tl.load(STATE + 2 * rows_b + b)
-    position = known - M + query  # of each column
+    start = tl.load(STATE + batch + b)
+    paged = tl.load(STATE + 2 * batch + b)
+    position = known - count + query
     # what a query reads from pages depends on its position alone
     due = tl.maximum(position - (SINKS + RECENT), 0) // BLOCK * BLOCK
     due = tl.minimum(tl.maximum(due, start), paged)
-    q_row = Q + b * q_b + (h * SHARE + head) * q_h + query * q_m
+    q_row = Q + b * q_b + (h * share + column // count) * q_h + query * q_m
     channel = tl.arange(0, D2)
     top = tl.full([N], FAR, tl.float32)
     total = tl.zeros([N], tl.float32)
@@ -306,8 +314,8 @@ def attend_split(
     KM += b * km_b + h * km_h
     VC += b * vc_b + h * vc_h
     VM += b * vm_b + h * vm_h
-    K_LOW: tl.constexpr = 2 if K_BITS == 3 else K_BITS
     V_LOW: tl.constexpr = 2 if V_BITS == 3 else V_BITS
+    K_LOW: tl.constexpr = 2 if K_BITS == 3 else K_BITS
     W: tl.constexpr = D * K_LOW // 8
     WIDE: tl.constexpr = D2 * K_LOW // 8 if D2 * K_LOW // 8 > 16 else 16
     ROWS: tl.constexpr = PAGE * V_LOW // 8  # tokens of a slice of values
@@ -322,32 +330,32 @@ def attend_split(
     if K_BITS < 4:
         q2 = tl.load(q_row[None, :] + 2 * W + lane[:, None], mask=ok, other=0.0).to(tl.float16)
         q3 = tl.load(q_row[None, :] + 3 * W + lane[:, None], mask=ok, other=0.0).to(tl.float16)
-    k_upper = tl.load(LANES + lane) // (W // 2)
-    v_upper = tl.load(LANES + tl.arange(0, ROWS)) // (ROWS // 2)
-    MASKED: tl.constexpr = M > 1
+    # loaded, not made: so they can follow the codes into the layout of an operand
+    k_lanes = tl.load(LANES + lane)
+    v_lanes = tl.load(LANES + tl.arange(0, ROWS))
     tiles = paged // PAGE
-    share = (tiles + SPLITS - 1) // SPLITS
-    begin = part * share
-    for tile in tl.range(begin, tl.minimum(begin + share, tiles), num_stages=STAGES):
+    stretch = (tiles + splits - 1) // splits
+    begin = part * stretch
+    for tile in tl.range(begin, tl.minimum(begin + stretch, tiles), num_stages=STAGES):
         s0 = _logits(
-            KC, KM, tile, 0, q0, q1, q2, q3, k_upper, due, scale, K_BITS, K_GROUP, K_PER_TOKEN, D,
-            ROWS, W, WIDE, MASKED, CAP, ASM,
+            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
+            D, ROWS, W, WIDE, MASKED, CAP, ASM,
         )  # fmt: skip
         peak = tl.max(s0, 0)
         if V_BITS < 8:
             s1 = _logits(
-                KC, KM, tile, 1, q0, q1, q2, q3, k_upper, due, scale, K_BITS, K_GROUP, K_PER_TOKEN, D,
-                ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
+                D, ROWS, W, WIDE, MASKED, CAP, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(s0, s1), 0)
         if V_BITS < 4:
             s2 = _logits(
-                KC, KM, tile, 2, q0, q1, q2, q3, k_upper, due, scale, K_BITS, K_GROUP, K_PER_TOKEN, D,
-                ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
+                D, ROWS, W, WIDE, MASKED, CAP, ASM,
             )  # fmt: skip
             s3 = _logits(
-                KC, KM, tile, 3, q0, q1, q2, q3, k_upper, due, scale, K_BITS, K_GROUP, K_PER_TOKEN, D,
-                ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
+                D, ROWS, W, WIDE, MASKED, CAP, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
         peak = tl.maximum(top, peak)
@@ -355,13 +363,12 @@ def attend_split(
         top = peak
         page = VC + tile * (PAGE * D * V_BITS // 8)
         v0, v1, v2, v3 = _slices(
-            page, page + PAGE * D * V_LOW // 8, channel, v_upper, VM, tile, 0, False, V_BITS, V_GROUP,
-            V_PER_TOKEN, D, D2, ROWS, ROWS, ASM,
+            page, page + PAGE * D * V_LOW // 8, channel, v_lanes, VM, tile, 0, False, V_BITS,
+            V_GROUP, V_PER_TOKEN, D, D2, ROWS, ROWS, ASM,
         )  # fmt: skip
-        acc = acc * fade[None, :]
         p = tl.exp2(s0 - top[None, :])
         mass = p
-        acc = tl.dot(v0, p.to(tl.float16), acc)
+        acc = tl.dot(v0, p.to(tl.float16), acc * fade[None, :])
         if V_BITS < 8:
             p = tl.exp2(s1 - top[None, :])
             mass += p
@@ -375,43 +382,49 @@ def attend_split(
             acc = tl.dot(v3, p.to(tl.float16), acc)
         total = total * fade + tl.sum(mass, 0)
     top, total, acc = _exact(
-        q_row, used, position, due, EK + b * ek_b + h * ek_h, EV + b * ev_b + h * ev_h,
-        known, start, part, ring, shift, scale, top, total, acc, D, D2, SPLITS, SINKS, CAP,
+        q_row, used, position, due, EK + b * ek_b + h * ek_h, EV + b * ev_b + h * ev_h, known,
+        start, part, splits, ring, shift, scale, top, total, acc, D, D2, SINKS, CAP, ASM,
     )  # fmt: skip
-    some = total > 0
-    out = acc / tl.where(some, total, 1.0)[None, :]
-    place = (bh.to(tl.int64) * SPLITS + part) * (SHARE * M) + column
+    some = top > FAR
+    total = tl.where(some, total, 1.0)
+    place = (bh.to(tl.int64) * splits + part) * (share * count) + column
     tl.store(
         OUT + place[None, :] * D + channel[:, None],
-        out,
+        tl.where(some[None, :], acc / total[None, :], 0.0),
         mask=used[None, :] & (channel[:, None] < D),
     )
-    tl.store(LSE + place, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), FAR), mask=used)
+    tl.store(LSE + place, tl.where(some, top + tl.log2(total), FAR), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "share", "count", "splits"])
 def merge(
-    OUT, LSE, RESULT, r_b, r_h, r_m, HEADS: tl.constexpr, SHARE: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    OUT, LSE, RESULT, STATE, NEXT, r_b, r_h, r_m, batch, heads, share, count, splits,
+    ADVANCE: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Joins partial results by log-sum-exp: one program for each query and query head."""
+    """Joins partial results by log-sum-exp: one program for each query and query head.
+
+    With ADVANCE the last step's state becomes the next one's, since no kernel reads the old one any
+    more.
+    """
     row = tl.program_id(0)
-    bh = (row // (SHARE * M)).to(tl.int64)
-    column = row % (SHARE * M)
+    bh = (row // (share * count)).to(tl.int64)
+    column = row % (share * count)
+    b = bh // heads
     part = tl.arange(0, PARTS)
     channel = tl.arange(0, D2)
-    there = part < SPLITS
-    place = (bh * SPLITS + part) * (SHARE * M) + column
+    there = part < splits
+    place = (bh * splits + part) * (share * count) + column
     lse = tl.load(LSE + place, mask=there, other=FAR)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    weight = tl.where(there, weight, 0.0)
+    weight = tl.where(there, tl.exp2(lse - tl.max(lse, 0)), 0.0)
     weight = weight / tl.sum(weight, 0)
     out = tl.load(
         OUT + place[:, None] * D + channel[None, :],
         mask=there[:, None] & (channel < D)[None, :],
         other=0.0,
     )
-    b = bh // HEADS
-    h = bh % HEADS * SHARE + column // M
-    where = RESULT + b * r_b + h * r_h + column % M * r_m + channel
+    h = bh % heads * share + column // count
+    where = RESULT + b * r_b + h * r_h + column % count * r_m + channel
     tl.store(where, tl.sum(out * weight[:, None], 0).to(RESULT.dtype.element_ty), mask=channel < D)
+    if ADVANCE and row % (heads * share * count) == 0:
+        for i in tl.static_range(3):
+            tl.store(STATE + i * batch + b, tl.load(NEXT + i * batch + b))

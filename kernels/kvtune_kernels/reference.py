@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-
-PAGE = 64  # tokens of a page: what an attention kernel reads at once
+from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window
 
 
 def packed_width(width: int, bits: int) -> int:
@@ -139,29 +138,142 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
     x is about codes * scale + zero. The minimum is subtracted first and all arithmetic is fp32:
     with the usual round(min / scale) zero point, channels with a large constant offset lose bits
-    (Qwen2.5's key biases). Scale and zero are stored in 16 bits; zero is rounded down and scale up,
-    so that no value is ever clipped.
+    (Qwen2.5's key biases). Scale and zero are float16 whatever the dtype of x, since bfloat16 would
+    cost eight times the rounding; zero is rounded down and scale up, so no value is ever clipped.
     """
-    store = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    limit, eps = torch.finfo(store).max, torch.finfo(store).eps
-    least = torch.finfo(store).smallest_normal * eps  # the step between the smallest numbers
+    limit, eps = torch.finfo(torch.float16).max, torch.finfo(torch.float16).eps
+    least = torch.finfo(torch.float16).smallest_normal * eps  # the smallest float16
     wide = (x if x.dtype == torch.float64 else x.float()).clamp(-limit, limit)
     low, high = wide.aminmax(dim=-2, keepdim=True)
-    zero = low.to(store)
-    zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - least).to(store), zero)
+    zero = low.half()
+    zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - least).half(), zero)
     step = (high - zero) / (2**bits - 1)
-    scale = step.to(store)
-    scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + least).to(store), scale)
-    scale = torch.where(
-        scale == 0, torch.ones_like(scale), scale
-    )  # a constant group: all codes are 0
-    codes = ((wide - zero) / scale).round_().clamp_(0, 2**bits - 1)
+    scale = step.half()
+    scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + least).half(), scale)
+    # a constant group: all codes are 0
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = ((wide - zero) * (1 / scale.to(wide.dtype))).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns codes * scale + zero, computed in fp32; the shapes broadcast."""
     return torch.addcmul(zero.float(), codes.float(), scale.float()).to(dtype)
+
+
+def encode(x: Tensor, format: Format, keys: bool) -> tuple[Tensor, Tensor]:
+    """Encodes x [B, H, T, D], T a multiple of the format's block: codes and metadata of `Packed`.
+
+    Metadata is a line [2 * D] for each group of tokens, or a page [2 * D / group * PAGE] with the
+    tokens of one group of channels side by side.
+    """
+    if format.per_token:
+        lines = x.unflatten(-1, (-1, format.group, 1))
+        codes, scale, zero = quantize(lines, format.bits)
+        pair = torch.stack([scale, zero], -1).flatten(3, 5)  # [B, H, T, D / group, 2]
+        meta = pair.unflatten(2, (-1, PAGE)).transpose(3, 4).flatten(3)
+        codes = codes.flatten(3)
+    else:
+        codes, scale, zero = quantize(x.unflatten(2, (-1, format.group)), format.bits)
+        meta = torch.stack([scale, zero], -1).flatten(3)
+        codes = codes.flatten(2, 3)
+    return pack_pages(codes, format.bits, keys), meta
+
+
+def decode(packed: Packed, keys: bool, dtype: torch.dtype) -> Tensor:
+    """Inverse of `encode`, up to rounding: [B, H, T, D]."""
+    format = packed.format
+    codes = unpack_pages(packed.codes, format.bits, keys)
+    pair = packed.meta.unflatten(-1, (-1, 2))
+    if format.per_token:
+        groups = codes.shape[-1] // format.group
+        scale, zero = pair.unflatten(3, (groups, PAGE)).transpose(3, 4).flatten(2, 3).unbind(-1)
+        grouped = codes.unflatten(-1, (groups, -1))
+        return dequantize(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), dtype).flatten(3)
+    scale, zero = pair.unsqueeze(3).unbind(-1)
+    return dequantize(codes.unflatten(2, (-1, format.group)), scale, zero, dtype).flatten(2, 3)
+
+
+def append(
+    key: Tensor, value: Tensor, exact: Exact, keys: Packed, values: Packed, state: Tensor,
+    window: Window,
+) -> None:  # fmt: skip
+    """Puts one token, key and value [B, H, 1, D], into the ring and closes blocks, in place.
+
+    `state` int32 [3, B]: tokens seen, paged tokens that all queries read, paged tokens.
+    """
+    ring = exact.keys.shape[2] - window.sinks
+    for b, (seen, _, closed) in enumerate(state.T.tolist()):
+        place = window.sinks + (seen - window.sinks - exact.shift) % ring
+        slot = seen if seen < window.sinks else place
+        due = max(closed, window.due(seen))
+        for new, held, packed, is_keys in (
+            (key, exact.keys, keys, True),
+            (value, exact.values, values, False),
+        ):
+            held[b, :, slot] = new[b, :, 0]
+            if due > closed:
+                tokens = torch.arange(closed, due, device=held.device)
+                x = held[b : b + 1, :, window.sinks + (tokens - exact.shift) % ring]
+                store(packed, *encode(x, packed.format, is_keys), closed, row=b)
+        state[:, b] = torch.tensor([seen + 1, due, due])
+
+
+def store(packed: Packed, codes: Tensor, meta: Tensor, first: int, row: int | None = None) -> None:
+    """Copies encoded tokens to their place in larger tensors; `first` is their first token."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    page = first // PAGE
+    line = page if packed.format.per_token else first // packed.format.group
+    packed.codes[rows, :, page : page + codes.shape[2]] = codes
+    packed.meta[rows, :, line : line + meta.shape[2]] = meta
+
+
+def attend_packed(
+    query: Tensor, keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window,
+    scale: float | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Answers query [B, Hq, M, D], the last M tokens of each row, over sinks, pages and ring.
+
+    A query at position p reads token t after the sinks from its page when t < due(p), and exactly
+    otherwise; `state` as in `append`. Returns [B, Hq, M, D].
+    """
+    count, device = query.shape[2], query.device
+    ring = exact.keys.shape[2] - window.sinks
+    rows = []
+    for b, (seen, start, paged) in enumerate(state.T.tolist()):
+        sinks = min(seen, window.sinks)
+        tokens = torch.arange(start, seen - sinks, device=device)
+        slots = window.sinks + (tokens - exact.shift) % ring
+        sides = []
+        for packed, held, is_keys in (
+            (keys, exact.keys, True),
+            (values, exact.values, False),
+        ):
+            pages = decode(cut(packed, paged, b), is_keys, torch.float32)
+            held = held[b : b + 1].float()
+            sides.append(torch.cat([held[:, :, :sinks], pages, held[:, :, slots]], 2))
+        position = torch.arange(seen - count, seen, device=device)[:, None]
+        due = (position - window.sinks - window.recent).clamp_min(0) // window.block * window.block
+        due = due.clamp_min(start).clamp_max(paged)
+        mask = torch.cat(
+            [
+                torch.arange(sinks, device=device) <= position,
+                torch.arange(paged, device=device) < due,
+                (tokens >= due) & (tokens + sinks <= position),
+            ],
+            1,
+        )
+        rows.append(attend(query[b : b + 1].float(), *sides, mask, scale, softcap))
+    return torch.cat(rows).to(query.dtype)
+
+
+def cut(packed: Packed, tokens: int, row: int | None = None) -> Packed:
+    """The first tokens, a multiple of the block, of all rows or one row: views."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    lines = tokens // (PAGE if packed.format.per_token else packed.format.group)
+    return Packed(
+        packed.codes[rows, :, : tokens // PAGE], packed.meta[rows, :, :lines], packed.format
+    )
 
 
 def attend(

@@ -1,0 +1,244 @@
+"""Where an op runs: Triton kernels where they can, plain torch everywhere else."""
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from kvtune_kernels import reference
+from kvtune_kernels.formats import Exact, Format, Packed, Window
+
+try:
+    import triton
+
+    from kvtune_kernels import packing, paged
+except ImportError:  # there is no Triton for this machine
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16)
+COLUMNS = 64  # query heads times queries of one program, at most
+_choice: ContextVar[str] = ContextVar("implementation", default="auto")
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Makes ops run as "triton" (under Triton's interpreter on a CPU), "reference" or "auto"."""
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, so that kernels run on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format
+) -> str | None:
+    """Says why kernels cannot serve such a cache, or None when they can."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"kernels do not run on {device.type}"
+    if head_dim % 16 or head_dim > 256:
+        return f"head_dim {head_dim} is not a multiple of 16 up to 256"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
+    for format in formats:
+        if format.bits == 3 and head_dim % 32:
+            return f"3 bits need a head_dim that is a multiple of 32, not {head_dim}"
+        if format.group != head_dim and (format.group & (format.group - 1)):
+            return f"group {format.group} is no power of two"
+    return None
+
+
+def runs_triton(
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format
+) -> bool:
+    """Decides between kernel and reference, and says once why a GPU gets the slow one."""
+    choice = _choice.get()
+    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+        return False
+    reason = unsupported(head_dim, dtype, device, *formats)
+    if reason is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"kvtune runs in plain torch: {reason}.", stacklevel=4)
+
+
+def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | None = None) -> None:
+    """Encodes x [B, H, T, D] to the tokens from `first` on of `packed`, of all rows or of one.
+
+    T and `first` are multiples of the format's block; x may be strided, but for its last axis.
+    """
+    if x.shape[2] == 0:
+        return
+    if not runs_triton(x.shape[-1], x.dtype, x.device, packed.format):
+        return reference.store(packed, *reference.encode(x, packed.format, keys), first, row)
+    bits, group, per_token = packed.format
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows = slice(None) if row is None else slice(row, row + 1)
+    codes, meta = packed.codes[rows].view(torch.uint16), packed.meta[rows].view(torch.uint32)
+    batch, heads, tokens, dim = x.shape
+    block = packed.format.block
+    packing.encode[(tokens // block, batch * heads)](
+        x, codes, meta, *x.stride()[:3], *codes.stride()[:2], *meta.stride()[:2],
+        first // block, first, 1 << 30, heads, KEYS=keys, BITS=bits, GROUP=group,
+        PER_TOKEN=per_token, BLOCK=block, D=dim, D2=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return None
+
+
+class Workspace:
+    """What decoding needs beside the cache, allocated once and shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self._partial: Tensor | None = None
+        self._lanes: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self._partial, self._lanes)
+        return sum(x.untyped_storage().nbytes() for x in held if x is not None)
+
+    def partial(self, count: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Float32 [count, dim] and [count], without values."""
+        size = count * (dim + 1)
+        if self._partial is None or self._partial.numel() < size or self._partial.device != device:
+            self._partial = torch.empty(size, dtype=torch.float32, device=device)
+        return self._partial[: count * dim], self._partial[count * dim : size]
+
+    def lanes(self, device: torch.device) -> Tensor:
+        """0 to 255 as bytes."""
+        if self._lanes is None or self._lanes.device != device:
+            self._lanes = torch.arange(256, device=device).to(torch.uint8)
+        return self._lanes
+
+
+def append(
+    key: Tensor, value: Tensor, exact: Exact, keys: Packed, values: Packed, state: Tensor,
+    next_state: Tensor, window: Window,
+) -> None:  # fmt: skip
+    """Puts one token, key and value [B, H, 1, D], into the ring and closes what has left the window.
+
+    Reads `state` [3, B] and writes `next_state`; `attend_packed` reads that one, and with
+    `advance` copies it back. Allocates nothing, so steps can be captured in a CUDA graph.
+    """
+    batch, heads, _, dim = key.shape
+    if not runs_triton(dim, key.dtype, key.device, keys.format, values.format):
+        next_state.copy_(state)
+        return reference.append(key, value, exact, keys, values, next_state, window)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    sides = (
+        keys.codes.view(torch.uint16), keys.meta.view(torch.uint32),
+        values.codes.view(torch.uint16), values.meta.view(torch.uint32),
+    )  # fmt: skip
+    strided = (key, value, exact.keys, exact.values, *sides)
+    packing.append[(2, batch * heads)](
+        *strided, state, next_state, *(step for x in strided for step in x.stride()[:2]),
+        exact.keys.shape[2] - window.sinks, batch, heads, *keys.format, *values.format,
+        *window, D=dim, D2=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return None
+
+
+def attend_packed(
+    query: Tensor, keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window,
+    scale: float | None = None, softcap: float | None = None, longest: int = 0,
+    workspace: Workspace | None = None, advance: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Answers query [B, Hq, M, D] over sinks, pages and ring; see `reference.attend_packed`.
+
+    `longest`: the most tokens of a row, which the launch is shaped for (all capacity when 0).
+    `advance`: a state that takes over `state` when all is read.
+    """
+    batch, query_heads, count, dim = query.shape
+    if not runs_triton(dim, query.dtype, query.device, keys.format, values.format):
+        out = reference.attend_packed(query, keys, values, exact, state, window, scale, softcap)
+        if advance is not None:
+            advance.copy_(state)
+        return out
+    workspace = workspace or Workspace()
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    heads = keys.codes.shape[1]
+    share = query_heads // heads
+    columns = min(COLUMNS, max(8, triton.next_power_of_2(share * count)))
+    blocks = -(-share * count // columns)
+    tiles = (longest or keys.codes.shape[2] * reference.PAGE) // reference.PAGE
+    splits = split_count(batch * heads * blocks, max(1, tiles), slots(query.device, dim, columns))
+    out, lse = workspace.partial(batch * query_heads * count * splits, dim, query.device)
+    result = torch.empty(batch, count, query_heads, dim, dtype=query.dtype, device=query.device)
+    result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
+    wide = triton.next_power_of_2(dim)
+    packed = (
+        keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32)
+    )  # fmt: skip
+    strided = (*packed, exact.keys, exact.values)
+    paged.attend_split[(splits, batch * heads, blocks)](
+        query, *strided, state, workspace.lanes(query.device), out, lse,
+        dim**-0.5 if scale is None else scale, *query.stride()[:3],
+        *(step for x in strided for step in x.stride()[:2]),
+        exact.keys.shape[2] - window.sinks, exact.shift, batch, heads, share, count, splits,
+        N=columns, MASKED=count > 1, D=dim, D2=wide,
+        K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
+        V_BITS=values.format.bits, V_GROUP=values.format.group,
+        V_PER_TOKEN=values.format.per_token, SINKS=window.sinks, RECENT=window.recent,
+        BLOCK=window.block, CAP=softcap or 0.0, STAGES=2, ASM=portable() is False,
+        num_warps=warps(wide, columns),
+    )  # fmt: skip
+    parts = triton.next_power_of_2(splits)
+    paged.merge[(batch * query_heads * count,)](
+        out, lse, result, state if advance is None else advance, state, *result.stride()[:3],
+        batch, heads, share, count, splits, ADVANCE=advance is not None, D=dim, D2=wide,
+        PARTS=parts, num_warps=4 if parts * wide > 2048 else 1,
+    )  # fmt: skip
+    return result
+
+
+def portable() -> bool:
+    """Whether kernels must do without inline PTX: in the interpreter, and on other GPUs."""
+    return interpreted() or torch.version.cuda is None
+
+
+def warps(dim: int, columns: int) -> int:
+    """Warps of a program, so that its sums stay in registers."""
+    return max(1, dim // 128, columns // 16)
+
+
+@functools.cache
+def slots(device: torch.device, dim: int, columns: int) -> int:
+    """Programs that run on the device at one time: registers allow 8 warps a multiprocessor."""
+    if device.type != "cuda":
+        return 8
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return units * max(1, (16 if dim <= 64 and columns <= 16 else 8) // warps(dim, columns))
+
+
+@functools.lru_cache(1024)
+def split_count(work: int, tiles: int, room: int) -> int:
+    """Into how many stretches a context of `tiles` pages is cut, for `work` programs each.
+
+    Programs run in waves of `room`; a wave costs the pages of its longest stretch, plus about two
+    for starting, and merging costs a little for each stretch.
+    """
+    most = max(1, min(tiles, 4 * room // work + 1, 256))
+
+    def cost(splits: int) -> float:
+        waves = math.ceil(work * splits / room)
+        return waves * (math.ceil(tiles / splits) + 2) + splits * work / room / 4 + splits / 32
+
+    return min(range(1, most + 1), key=cost)
