@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from kvtune import recipe as recipes
 from kvtune.attention import NAME
 from kvtune.errors import IntegrityError
-from kvtune.layer import CompressedLayer
+from kvtune.layer import CompressedLayer, Shared
 from kvtune.models import Facts, facts, fingerprint, ropes
 from kvtune.pages import MakeSite
 from kvtune.parts import Site
@@ -42,9 +42,12 @@ class CompressedCache(Cache):
         tensors: Mapping[str, Tensor],
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
+        self.shared = Shared()
         for index, policy in enumerate(policies):
             if not policy.is_dense:
-                layers[index] = CompressedLayer(policy, sites(index, rope.get(index), tensors))
+                layers[index] = CompressedLayer(
+                    policy, sites(index, rope.get(index), tensors), self.shared
+                )
         super().__init__(layers=layers)
         self._made_of = (policies, config, rope, tensors)
 

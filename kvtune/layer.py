@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from kvtune_kernels import Workspace
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
+from kvtune.fused import FusedRows, serves
 from kvtune.pages import MakeSite
 from kvtune.recipe import Policy
 from kvtune.rows import Rows
 
 
 class Group(NamedTuple):
-    """Batch rows with the same padding."""
+    """Batch rows that are stored together; plain `Rows` have the same padding."""
 
     members: list[int]
-    pad: int  # padding tokens on the left
-    rows: Rows
+    pads: list[int]  # padding tokens on the left of each
+    rows: Rows | FusedRows
+
+
+class Shared:
+    """What the layers of one cache share: the kernels' workspace, and the padding read last."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self._mask: weakref.ref[Tensor] | None = None
+        self._pads: list[int] | None = None
+
+    def paddings(self, mask: Tensor | None, batch: int) -> list[int] | None:
+        """As `paddings`; a model hands the same mask to all its layers, which is read once."""
+        if mask is None or self._mask is None or self._mask() is not mask:
+            self._pads = paddings(mask, batch)
+            self._mask = None if mask is None else weakref.ref(mask)
+        return self._pads
 
 
 class CompressedLayer(CacheLayerMixin):
     """`update` hands out a Reading; the attention function
     answers queries through it, then settles the window.
 
-    Batch rows of different padding are kept apart, each from its own true position 0, so that a
-    group never holds padding and a padded row is stored as the same row alone would be.
+    Every row is stored from its own true position 0, so that a group of values never holds padding
+    and a padded row is stored as the same row alone would be. Where kernels run, all rows are kept
+    together; elsewhere rows of different padding are kept apart.
     """
 
     is_sliding = False
     is_croppable = False  # pages cannot be taken back; `crop` works within the exact window only
 
-    def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
+    def __init__(
+        self, policy: Policy, sites: tuple[MakeSite, MakeSite], shared: Shared | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.seen = 0  # tokens, padding included
         self.groups: list[Group] = []
-        self._sites = sites
+        self._sites, self._shared = sites, shared or Shared()
         self._incoming: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,18 +86,19 @@ class CompressedLayer(CacheLayerMixin):
         transformers' mask (None or [B, 1, n, T])."""
         assert self._incoming is not None, "attend follows update"
         (keys, values), self._incoming = self._incoming, None
-        pads = paddings(mask, keys.shape[0])
+        pads = self._shared.paddings(mask, keys.shape[0])
         if not self.groups:
-            self._open(pads, keys.shape[2], keys.shape[0])
+            self._open(pads, keys)
         elif (pads or [0] * keys.shape[0]) != self._pads():
             raise UnsupportedError(
                 "The padding of a row changed while its cache was in use.", "Use a fresh cache."
             )
-        if len(self.groups) == 1 and self.groups[0].pad == 0:
-            return self.groups[0].rows.attend(query, keys, values, scale, softcap)
+        first = self.groups[0]
+        if len(self.groups) == 1 and (first.rows.ragged or first.pads[0] == 0):
+            return first.rows.attend(query, keys, values, scale, softcap)
         out = torch.zeros_like(query)
-        for members, pad, rows in self.groups:
-            skip = max(0, pad - (self.seen - keys.shape[2]))
+        for members, own, rows in self.groups:
+            skip = max(0, own[0] - (self.seen - keys.shape[2]))
             q, k, v = (x[members][:, :, skip:] for x in (query, keys, values))
             out[members, :, skip:] = rows.attend(q, k, v, scale, softcap)
         return out
@@ -85,16 +108,16 @@ class CompressedLayer(CacheLayerMixin):
         densely, as a prompt's forward would leave it."""
         self.lazy_initialization(keys, values)
         self.seen = keys.shape[2]
-        self._open(None, self.seen, keys.shape[0])
+        self._open(None, keys)
         self.groups[0].rows.fill(keys, values)
 
     def fork(self) -> CompressedLayer:
         """A copy-on-write twin."""
-        twin = CompressedLayer(self.policy, self._sites)
+        twin = CompressedLayer(self.policy, self._sites, self._shared)
         twin.seen, twin.is_initialized = self.seen, self.is_initialized
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
-        twin.groups = [Group(members, pad, rows.fork()) for members, pad, rows in self.groups]
+        twin.groups = [Group(members, pads, rows.fork()) for members, pads, rows in self.groups]
         return twin
 
     @property
@@ -146,12 +169,13 @@ class CompressedLayer(CacheLayerMixin):
         """Batch row i becomes the old row indices[i]."""
         wanted = indices.tolist()
         moved = []
-        for members, pad, rows in self.groups:
+        for members, pads, rows in self.groups:
             place = {row: local for local, row in enumerate(members)}
             new = [i for i, row in enumerate(wanted) if row in place]
             if new:
-                local = torch.tensor([place[wanted[i]] for i in new], device=self.device)
-                moved.append(Group(new, pad, rows.select(local)))
+                local = [place[wanted[i]] for i in new]
+                chosen = rows.select(torch.tensor(local, device=self.device))
+                moved.append(Group(new, [pads[i] for i in local], chosen))
         self.groups = moved
 
     def offload(self) -> NoReturn:
@@ -162,19 +186,29 @@ class CompressedLayer(CacheLayerMixin):
         """Refused, as `offload`."""
         self.offload()
 
-    def _open(self, pads: list[int] | None, length: int, batch: int) -> None:
+    def _open(self, pads: list[int] | None, keys: Tensor) -> None:
+        batch, length = keys.shape[0], keys.shape[2]
         pads = pads or [0] * batch
         if max(pads) >= length:
             raise UnsupportedError(
                 f"A row of the first {length} tokens is all padding.",
                 "Prefill in larger chunks, or pad less.",
             )
+        if serves(self.policy, keys):
+            rows = FusedRows(self.policy, pads, self._shared.workspace)
+            self.groups.append(Group(list(range(batch)), pads, rows))
+            return
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
-            self.groups.append(Group(members, pad, Rows(self.policy, self._sites)))
+            own = [pad] * len(members)
+            self.groups.append(Group(members, own, Rows(self.policy, self._sites)))
 
     def _pads(self) -> list[int]:
-        by_row = {row: group.pad for group in self.groups for row in group.members}
+        by_row = {
+            row: pad
+            for group in self.groups
+            for row, pad in zip(group.members, group.pads, strict=True)
+        }
         return [by_row[row] for row in sorted(by_row)]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import torch
+from kvtune_kernels import Format
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -85,6 +86,10 @@ class Codec(Part):
     def block(self) -> int:
         """How many tokens must be encoded together."""
         return 1
+
+    def format(self, head_dim: int) -> Format | None:
+        """The format in which GPU kernels read what is stored; None when they cannot."""
+        return None
 
     @abstractmethod
     def encode(self, x: Tensor, site: Site) -> Code:
@@ -182,6 +187,10 @@ class Chain:
     def needs(self) -> frozenset[str]:
         """What the codecs need of their site."""
         return frozenset[str]().union(*(codec.needs for codec in self.codecs))
+
+    def format(self, head_dim: int) -> Format | None:
+        """As a codec's; a chain of several has none, since kernels read one format."""
+        return self.codecs[0].format(head_dim) if len(self.codecs) == 1 else None
 
     def encode(self, x: Tensor, site: Site) -> Encoded:
         """Encodes x [B, H, T, D]; T is a multiple of `block`."""

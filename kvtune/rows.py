@@ -24,6 +24,8 @@ class Rows:
     arXiv:2402.02750).
     """
 
+    ragged = False  # all rows have one length
+
     def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
         self.policy = policy
         self.seen = 0  # true tokens, padding not counted

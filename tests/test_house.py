@@ -22,7 +22,7 @@ FLOORS = (
     "demo parts runs sampling shipped storage tensors texts",
     "models pages table",
     "attention recipe methods.*",
-    "rows space",
+    "fused rows space",
     "layer profile",
     "cache",
     "bank surrogate",

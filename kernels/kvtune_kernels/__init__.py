@@ -11,7 +11,7 @@ from kvtune_kernels.launch import (
     runs_triton,
     unsupported,
 )
-from kvtune_kernels.reference import attend, decode, encode
+from kvtune_kernels.reference import attend, cut, decode, encode
 
 __all__ = [
     "PAGE",
@@ -23,6 +23,7 @@ __all__ = [
     "append",
     "attend",
     "attend_packed",
+    "cut",
     "decode",
     "encode",
     "encode_into",

@@ -61,9 +61,7 @@ def unsupported(
     return None
 
 
-def runs_triton(
-    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format
-) -> bool:
+def runs_triton(head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format) -> bool:
     """Decides between kernel and reference, and says once why a GPU gets the slow one."""
     choice = _choice.get()
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):

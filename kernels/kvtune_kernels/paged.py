@@ -117,7 +117,9 @@ def _slice(
     ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
     low = LINES + rows[:, None] * W
     high = HIGH + rows[:, None] * (W // 2)
-    x = portable_codes((low, high), j[None, :], i, BITS, W, ok) * s.to(tl.float32) + z.to(tl.float32)
+    x = portable_codes((low, high), j[None, :], i, BITS, W, ok) * s.to(tl.float32) + z.to(
+        tl.float32
+    )
     return tl.where(ok, x, 0.0).to(tl.float16)
 
 

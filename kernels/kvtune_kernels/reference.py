@@ -100,8 +100,12 @@ def _unpack_plane(packed: Tensor) -> Tensor:
 
 def _halves(packed: Tensor) -> Tensor:
     """Bytes [..., 4 * words] to their 16-bit halves [..., words, 2], as int32."""
-    return packed.contiguous().view(torch.int16).to(torch.int32).bitwise_and(0xFFFF).unflatten(
-        -1, (-1, 2)
+    return (
+        packed.contiguous()
+        .view(torch.int16)
+        .to(torch.int32)
+        .bitwise_and(0xFFFF)
+        .unflatten(-1, (-1, 2))
     )
 
 

@@ -3,7 +3,7 @@ per token (KIVI, arXiv:2402.02750), really packed."""
 
 from typing import Annotated, Literal
 
-from kvtune_kernels import dequantize, pack, quantize, unpack
+from kvtune_kernels import PAGE, Format, Packed, decode, encode
 from torch import Tensor
 
 from kvtune.marks import OneOf
@@ -15,6 +15,7 @@ class Affine(Quantizer):
 
     `axis = "channel"`: a group is `group` consecutive tokens of one channel. `axis = "token"`: a
     group is `group` channels of one token, or with `group = "head"` all channels of the head.
+    Tokens are stored in pages of 64, which a GPU reads as they are.
     """
 
     bits: Annotated[int, OneOf((2, 3, 4, 8))] = 4
@@ -28,8 +29,8 @@ class Affine(Quantizer):
 
     @property
     def block(self) -> int:
-        """A per-channel group spans `group` tokens."""
-        return self.group if self.axis == "channel" and isinstance(self.group, int) else 1
+        """Whole pages, and whole groups of tokens."""
+        return max(PAGE, self.group) if self.axis == "channel" and self.group != "head" else PAGE
 
     def check(self, head_dim: int, side: str) -> None:
         """Groups of channels divide the head; a group of tokens has a length."""
@@ -51,24 +52,18 @@ class Affine(Quantizer):
                 f"affine per token: group {self.group} does not divide head_dim {head_dim}{whole}"
             )
 
+    def format(self, head_dim: int) -> Format:
+        """What kernels read of it."""
+        group = head_dim if self.group == "head" else self.group
+        return Format(self.bits, group, self.axis == "token")
+
     def encode(self, x: Tensor, site: Site) -> Code:
-        """Packs codes [B, H, T, D * bits / 8], scale and zero [B,
-        H, T / group, D] or [B, H, T, D / group]."""
-        if self.axis == "channel":
-            codes, scale, zero = quantize(x.unflatten(2, (-1, self.block)), self.bits)
-            return Code(pack(codes.flatten(2, 3), self.bits), (scale.squeeze(3), zero.squeeze(3)))
-        size = x.shape[-1] if self.group == "head" else self.group
-        codes, scale, zero = quantize(x.unflatten(-1, (-1, size, 1)), self.bits)
-        return Code(pack(codes.flatten(-3), self.bits), (scale.flatten(-3), zero.flatten(-3)))
+        """Pages of codes [B, H, T / 64, 64 * D * bits / 8], and scale and zero of each group."""
+        codes, meta = encode(x, self.format(x.shape[-1]), site.side == "keys")
+        return Code(codes, (meta,))
 
     def decode(self, code: Code, site: Site) -> Tensor:
         """Returns codes * scale + zero."""
-        codes = unpack(code.body, self.bits)
-        scale, zero = code.side
-        if self.axis == "channel":
-            grouped = codes.unflatten(2, (-1, self.block))
-            return dequantize(grouped, scale.unsqueeze(3), zero.unsqueeze(3), site.dtype).flatten(
-                2, 3
-            )
-        grouped = codes.unflatten(-1, (scale.shape[-1], -1))
-        return dequantize(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), site.dtype).flatten(-2)
+        head_dim = code.body.shape[-1] * 8 // (PAGE * self.bits)
+        packed = Packed(code.body, code.side[0], self.format(head_dim))
+        return decode(packed, site.side == "keys", site.dtype)
