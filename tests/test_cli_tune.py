@@ -283,7 +283,7 @@ def test_search_needs_a_calibrated_folder(kv, tmp_path):
 
 def test_bench_times_trials_behind_each_context(kv, place):
     said = kv.json(
-        "bench",
+        *("bench", "trials"),
         place / "model",
         *("--data", place / "text.txt", "--sequences", "2", "--continuation", "16"),
         *("--contexts", "128,256"),

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from kvtune_kernels import reference
-from kvtune_kernels.formats import Exact, Format, Packed, Window
+from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window
 
 try:
     import triton
 
-    from kvtune_kernels import packing, paged
+    from kvtune_kernels import appending, packing, paged
 except ImportError:  # there is no Triton for this machine
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16)
-COLUMNS = 64  # query heads times queries of one program, at most
+COLUMNS = 32  # query heads times queries of one program, at most
 _choice: ContextVar[str] = ContextVar("implementation", default="auto")
 
 
@@ -91,11 +91,16 @@ def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | No
     rows = slice(None) if row is None else slice(row, row + 1)
     codes, meta = packed.codes[rows].view(torch.uint16), packed.meta[rows].view(torch.uint32)
     batch, heads, tokens, dim = x.shape
-    block = packed.format.block
-    packing.encode[(tokens // block, batch * heads)](
+    wide = triton.next_power_of_2(dim)
+    # groups of tokens stand alone, and so do neighbouring lanes: small programs hide their waiting
+    apart = keys and not per_token and dim == wide > 32
+    block = group if apart else packed.format.block
+    parts = 2 if apart and bits != 3 and group * dim >= 1 << 14 else 1
+    packing.encode[(tokens // block * parts, batch * heads)](
         x, codes, meta, *x.stride()[:3], *codes.stride()[:2], *meta.stride()[:2],
-        first // block, first, 1 << 30, heads, KEYS=keys, BITS=bits, GROUP=group,
-        PER_TOKEN=per_token, BLOCK=block, D=dim, D2=triton.next_power_of_2(dim), num_warps=4,
+        first // block, first, 1, heads, KEYS=keys, BITS=bits, GROUP=group, PER_TOKEN=per_token,
+        BLOCK=block, D=dim, D2=wide, PARTS=parts, RING=False, ASM=not portable(),
+        num_warps=2 if group * dim // parts <= 1 << 12 else 4,
     )  # fmt: skip
     return None
 
@@ -146,10 +151,11 @@ def append(
         values.codes.view(torch.uint16), values.meta.view(torch.uint32),
     )  # fmt: skip
     strided = (key, value, exact.keys, exact.values, *sides)
-    packing.append[(2, batch * heads)](
+    appending.append[(2, batch * heads)](
         *strided, state, next_state, *(step for x in strided for step in x.stride()[:2]),
         exact.keys.shape[2] - window.sinks, batch, heads, *keys.format, *values.format,
-        *window, D=dim, D2=triton.next_power_of_2(dim), num_warps=4,
+        *window, D=dim, D2=triton.next_power_of_2(dim), ASM=not portable(),
+        num_warps=4,
     )  # fmt: skip
     return None
 
@@ -172,37 +178,41 @@ def attend_packed(
         return out
     workspace = workspace or Workspace()
     query = query if query.stride(-1) == 1 else query.contiguous()
-    heads = keys.codes.shape[1]
-    share = query_heads // heads
+    heads, share = keys.codes.shape[1], query_heads // keys.codes.shape[1]
     columns = min(COLUMNS, max(8, triton.next_power_of_2(share * count)))
     blocks = -(-share * count // columns)
-    tiles = (longest or keys.codes.shape[2] * reference.PAGE) // reference.PAGE
-    splits = split_count(batch * heads * blocks, max(1, tiles), slots(query.device, dim, columns))
-    out, lse = workspace.partial(batch * query_heads * count * splits, dim, query.device)
-    result = torch.empty(batch, count, query_heads, dim, dtype=query.dtype, device=query.device)
-    result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
+    tiles = (longest or keys.codes.shape[2] * PAGE) // PAGE
+    work, room = batch * heads * blocks, slots(query.device, dim, columns)
+    splits = split_count(work, max(1, tiles), room)
+    # the exact tokens get programs of their own while there is room for them beside the pages
+    own = min(16, -(-exact.keys.shape[2] // 16))
+    first, parts = (splits, splits + own) if work * (splits + own) <= room else (0, splits)
+    out, lse = workspace.partial(batch * query_heads * count * parts, dim, query.device)
     wide = triton.next_power_of_2(dim)
-    packed = (
-        keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32)
+    strided = (
+        keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32),
+        exact.keys, exact.values,
     )  # fmt: skip
-    strided = (*packed, exact.keys, exact.values)
-    paged.attend_split[(splits, batch * heads, blocks)](
+    paged.attend_split[(parts, batch * heads, blocks)](
         query, *strided, state, workspace.lanes(query.device), out, lse,
         dim**-0.5 if scale is None else scale, *query.stride()[:3],
         *(step for x in strided for step in x.stride()[:2]),
-        exact.keys.shape[2] - window.sinks, exact.shift, batch, heads, share, count, splits,
+        exact.keys.shape[2] - window.sinks, exact.shift, batch, heads, share, count, splits, first,
         N=columns, MASKED=count > 1, D=dim, D2=wide,
         K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
         V_BITS=values.format.bits, V_GROUP=values.format.group,
         V_PER_TOKEN=values.format.per_token, SINKS=window.sinks, RECENT=window.recent,
-        BLOCK=window.block, CAP=softcap or 0.0, STAGES=2, ASM=portable() is False,
-        num_warps=warps(wide, columns),
+        BLOCK=window.block, CAP=softcap or 0.0, STAGES=stages(keys.format, values.format),
+        EARLY=early(query.device), ASM=not portable(), num_warps=warps(wide, columns),
     )  # fmt: skip
-    parts = triton.next_power_of_2(splits)
+    result = torch.empty(batch, count, query_heads, dim, dtype=query.dtype, device=query.device)
+    result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
+    many = triton.next_power_of_2(parts)
     paged.merge[(batch * query_heads * count,)](
         out, lse, result, state if advance is None else advance, state, *result.stride()[:3],
-        batch, heads, share, count, splits, ADVANCE=advance is not None, D=dim, D2=wide,
-        PARTS=parts, num_warps=4 if parts * wide > 2048 else 1,
+        batch, heads, share, count, parts, ADVANCE=advance is not None, D=dim, D2=wide,
+        PARTS=many, FEW=min(many, 8192 // wide), EARLY=early(query.device), num_warps=4,
+        **({"launch_pdl": True} if early(query.device) else {}),
     )  # fmt: skip
     return result
 
@@ -212,9 +222,26 @@ def portable() -> bool:
     return interpreted() or torch.version.cuda is None
 
 
+@functools.cache
+def early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one it waits for has ended."""
+    if portable() or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return hasattr(getattr(triton.language.extra, "cuda", None), "gdc_wait")
+
+
 def warps(dim: int, columns: int) -> int:
-    """Warps of a program, so that its sums stay in registers."""
-    return max(1, dim // 128, columns // 16)
+    """Warps of a program, so that its sums stay in registers.
+
+    Never four: then Triton would take warp-group products, whose operands lie in registers in
+    another order than the four neighbouring lanes that `codes` makes numbers of at once.
+    """
+    return 2 if dim > 128 or columns > 16 else 1
+
+
+def stages(keys: Format, values: Format) -> int:
+    """Pages that are on their way while one is worked on, plus one: more of them when small."""
+    return 3 if keys.bits + values.bits < 8 else 2
 
 
 @functools.cache
@@ -223,7 +250,7 @@ def slots(device: torch.device, dim: int, columns: int) -> int:
     if device.type != "cuda":
         return 8
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    return units * max(1, (16 if dim <= 64 and columns <= 16 else 8) // warps(dim, columns))
+    return units * max(1, (12 if dim <= 64 and columns <= 16 else 8) // warps(dim, columns))
 
 
 @functools.lru_cache(1024)

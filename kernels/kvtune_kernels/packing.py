@@ -1,9 +1,10 @@
-"""Quantise and pack whole blocks of tokens, and append decoded tokens, closing blocks on the way.
+"""Quantise and pack whole blocks of tokens: prompts, and what has left the window.
 
-A program reads its block of one head once from memory to find scale and zero of every group, and
-again from its cache to make codes of it: minimum subtracted in float32, zero rounded down and scale
-up, as `reference.quantize` says, to the last bit. Codes are put together as 16-bit halves of words,
-in the order of `reference.pack`.
+A program reads its block of one head once, finds scale and zero of every group and makes codes of
+it in registers: minimum subtracted in float32, zero rounded down and scale up, as
+`reference.quantize` says, to the last bit. Codes are put together as 16-bit halves of words, in the
+order of `reference.pack`. A head_dim that is no power of two, and values per channel, are read
+twice, the second time from the cache.
 
 Floor: 16 bits read and `bits` plus 32 / group bits written for each value.
 """
@@ -11,57 +12,124 @@ Floor: 16 bits read and `bits` plus 32 / group bits written for each value.
 import triton
 import triton.language as tl
 
+from kvtune_kernels.quantising import chosen, halves, inverse, numbers, quantised, rounded
+
 PAGE = tl.constexpr(64)
-LIMIT = tl.constexpr(65504.0)  # the largest float16
-EPS = tl.constexpr(2.0**-10)  # between 1 and the next float16
-LEAST = tl.constexpr(2.0**-24)  # the smallest float16
 
 
 @triton.jit
-def _scale_and_zero(low, high, BITS: tl.constexpr):
-    """Float16 scale and zero, as uint32, of groups with these extremes."""
-    zero = low.to(tl.float16)
-    zero = tl.where(
-        zero.to(tl.float32) > low, (low - tl.abs(low) * EPS - LEAST).to(tl.float16), zero
-    )
-    step = tl.div_rn(high - zero.to(tl.float32), (1 << BITS) - 1.0)
-    scale = step.to(tl.float16)
-    scale = tl.where(scale.to(tl.float32) < step, (step + step * EPS + LEAST).to(tl.float16), scale)
-    scale = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32)).to(tl.float16)
-    bits = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return bits | zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+def _row(token, shift, ring, RING: tl.constexpr):
+    return (token - shift) % ring if RING else token - shift
 
 
 @triton.jit
-def _clamped(where, mask):
-    x = tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    return tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+def _key_lines(
+    X, CODES, META, x_t, shift, ring, token0, part, PARTS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Encodes one group of keys per channel, or a page of keys per token, in one go.
+
+    Of PARTS parts of the lanes, this does one: the channels of a part are neighbours in each slice.
+    """
+    ROWS: tl.constexpr = PAGE if PER_TOKEN else GROUP
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    W: tl.constexpr = D * LOW // 8
+    LANES: tl.constexpr = W // PARTS
+    N: tl.constexpr = D // PARTS
+    t = token0 + tl.arange(0, ROWS)
+    n = tl.arange(0, N)
+    c = n // LANES * W + part * LANES + n % LANES
+    x = tl.load(X + _row(t, shift, ring, RING)[:, None] * x_t + c[None, :]).to(tl.float32)
+    code, meta = quantised(x, BITS, GROUP, PER_TOKEN, D, ASM)
+    if PER_TOKEN:
+        g = tl.arange(0, D // GROUP)
+        page = token0 // PAGE * (D // GROUP * PAGE)
+        tl.store(META + page + g[None, :] * PAGE + (t % PAGE)[:, None], meta)
+    else:
+        tl.store(META + token0 // GROUP * D + c, meta)
+    page = CODES + (t // PAGE * (PAGE * D * BITS // 16))[:, None]
+    line = (t % PAGE)[:, None]
+    u = part * (LANES // 2) + tl.arange(0, LANES // 2)[None, :]
+    if BITS == 8:
+        pair = code.reshape(ROWS, N // 2, 2) << (tl.arange(0, 2) * 8)[None, None, :]
+        half = tl.sum(pair, 2)
+    else:
+        TURN: tl.constexpr = 5 if BITS == 3 else 6
+        half = halves(code & ((1 << LOW) - 1), LOW)
+        half = half << TURN | half >> (16 - TURN)
+    tl.store(page + line * (W // 2) + u, half.to(tl.uint16))
+    if BITS == 3:
+        slots = (code >> 2).reshape(ROWS, 4, 2, W // 8, 2, 2)
+        i = tl.arange(0, 4)[None, :, None, None, None, None]
+        upper = tl.arange(0, 2)[None, None, :, None, None, None]
+        k = tl.arange(0, 2)[None, None, None, None, :, None]
+        slots = slots << ((4 * i + 2 * k + 6 + upper) % 16)
+        half = tl.sum(tl.sum(tl.sum(slots, 4), 2), 1).reshape(ROWS, W // 4)
+        u = tl.arange(0, W // 4)[None, :]
+        tl.store(page + PAGE * W // 2 + line * (W // 4) + u, half.to(tl.uint16))
+
+
+@triton.jit
+def _value_columns(
+    X, CODES, META, x_t, shift, ring, page, UPPER: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Halves [COUNT, D] of a page of values per token, or of its plane of high bits (UPPER).
+
+    The tokens of one slot at a time are whole tokens, so their scale and zero are found here.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    W: tl.constexpr = PAGE * LOW // 8
+    u = tl.arange(0, COUNT)
+    c = tl.arange(0, D)
+    g = tl.arange(0, D // GROUP)
+    half = tl.zeros([COUNT, D], tl.int32)
+    for i in tl.static_range(8 // LOW):
+        for k in tl.static_range(2):
+            for upper in tl.static_range(2 if UPPER else 1):
+                j = u * 2 + k if BITS == 8 else u // 2 * 4 + u % 2 + (2 * k + upper * (W // 2))
+                t = j + i * W
+                row = _row(t + page * PAGE, shift, ring, RING)
+                x = tl.load(X + row[:, None] * x_t + c[None, :]).to(tl.float32)
+                code, meta = quantised(x, BITS, GROUP, True, D, ASM)
+                if UPPER:
+                    half |= (code >> 2) << ((4 * i + 2 * k + 6 + upper) % 16)
+                else:
+                    half |= (code & ((1 << LOW) - 1)) << (LOW * (2 * i + k))
+                    where = META + page * (D // GROUP * PAGE) + g[None, :] * PAGE + t[:, None]
+                    tl.store(where, meta)
+    if BITS != 8 and not UPPER:
+        TURN: tl.constexpr = 5 if BITS == 3 else 6
+        half = half << TURN | half >> (16 - TURN)
+    tl.store(CODES + c[None, :] * COUNT + u[:, None], half.to(tl.uint16))
 
 
 @triton.jit
 def _write_meta(
     X, META, x_t, shift, ring, block, BITS: tl.constexpr, GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """Writes scale and zero of every group of a block."""
     c = tl.arange(0, D2)
     tokens: tl.constexpr = PAGE if PER_TOKEN else GROUP
     for piece in tl.static_range(BLOCK // tokens):
         t = tl.arange(0, tokens)
-        row = (block * BLOCK + piece * tokens + t - shift) % ring
+        row = _row(block * BLOCK + piece * tokens + t, shift, ring, RING)
         ok = (c < D)[None, :] & (t >= 0)[:, None]
-        x = _clamped(X + row[:, None] * x_t + c[None, :], ok)
+        x = tl.load(X + row[:, None] * x_t + c[None, :], mask=ok, other=0.0).to(tl.float32)
         line = block * (BLOCK // tokens) + piece
         if not PER_TOKEN:
-            packed = _scale_and_zero(tl.min(x, 0), tl.max(x, 0), BITS)
+            packed = chosen(tl.min(x, 0), tl.max(x, 0), BITS)
             tl.store(META + line * D + c, packed, mask=c < D)
         elif GROUP == D:
-            low = tl.min(tl.where(ok, x, LIMIT), 1)
-            high = tl.max(tl.where(ok, x, -LIMIT), 1)
-            tl.store(META + line * PAGE + t, _scale_and_zero(low, high, BITS))
+            low = tl.min(tl.where(ok, x, float("inf")), 1)
+            high = tl.max(tl.where(ok, x, float("-inf")), 1)
+            tl.store(META + line * PAGE + t, chosen(low, high, BITS))
         else:
             x = x.reshape(PAGE, D2 // GROUP, GROUP)
-            packed = _scale_and_zero(tl.min(x, 2), tl.max(x, 2), BITS)
+            packed = chosen(tl.min(x, 2), tl.max(x, 2), BITS)
             g = tl.arange(0, D2 // GROUP)
             where = META + line * (D // GROUP * PAGE) + g[None, :] * PAGE + t[:, None]
             tl.store(where, packed, mask=(g < D // GROUP)[None, :] & (t >= 0)[:, None])
@@ -71,7 +139,7 @@ def _write_meta(
 def _codes(
     X, META, x_t, shift, ring, page, row0, rows, lanes, ok, KEYS: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
-    ALIKE: tl.constexpr,
+    ALIKE: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Codes of a page at rows (tokens of keys, channels of values) and lanes, as int32.
 
@@ -83,8 +151,8 @@ def _codes(
     else:
         t = lanes[None, :]
         c = rows[:, None]
-    token = (page * PAGE + t - shift) % ring
-    x = _clamped(X + token * x_t + c, ok)
+    token = _row(page * PAGE + t, shift, ring, RING)
+    x = tl.load(X + token * x_t + c, mask=ok, other=0.0).to(tl.float32)
     if ALIKE and KEYS:
         t = row0
     if ALIKE and not KEYS:
@@ -96,18 +164,15 @@ def _codes(
     # metadata of this block was written by the same program
     there = ok if not ALIKE else (lanes < (D if KEYS else PAGE))[None, :]
     meta = tl.load(META + at, mask=there, other=1)
-    scale = (meta & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    zero = (meta >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    magic: tl.constexpr = 12582912.0  # 1.5 * 2**23: adding it rounds to an even integer
-    code = ((x - zero) * tl.div_rn(1.0, scale) + magic) - magic
-    return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    scale, zero = numbers(meta)
+    return rounded((x - zero) * inverse(scale, ASM), BITS, ASM)
 
 
 @triton.jit
 def _write_codes(
     X, CODES, META, x_t, shift, ring, page, row0, KEYS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    ALIKE: tl.constexpr,
+    ALIKE: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Writes lines row0 to row0 + ROWS - 1 of a page. CODES holds uint16 halves of words."""
     LANES: tl.constexpr = D if KEYS else PAGE
@@ -126,7 +191,7 @@ def _write_codes(
             j = 2 * u + k if BITS == 8 else u // 2 * 4 + 2 * k + u % 2
             code = _codes(
                 X, META, x_t, shift, ring, page, row0, rows, j + i * W, ok, KEYS, BITS, GROUP,
-                PER_TOKEN, D, ALIKE,
+                PER_TOKEN, D, ALIKE, RING, ASM,
             )  # fmt: skip
             half |= (code & ((1 << LOW) - 1)) << (LOW * (2 * i + k))
     if BITS != 8:
@@ -144,7 +209,7 @@ def _write_codes(
                     j = upper * (W // 2) + u // 2 * 4 + 2 * k + u % 2
                     code = _codes(
                         X, META, x_t, shift, ring, page, row0, rows, j + i * W, ok, KEYS, BITS,
-                        GROUP, PER_TOKEN, D, ALIKE,
+                        GROUP, PER_TOKEN, D, ALIKE, RING, ASM,
                     )  # fmt: skip
                     half |= (code >> 2) << ((4 * i + 2 * k + 6 + upper) % 16)
         where = CODES + LINES * W // 2 + rows[:, None] * (W // 4) + u[None, :]
@@ -152,13 +217,48 @@ def _write_codes(
 
 
 @triton.jit
-def _encode_block(
-    X, CODES, META, x_t, shift, ring, block, KEYS: tl.constexpr, BITS: tl.constexpr,
+def encode_block(
+    X, CODES, META, x_t, shift, ring, block, part, KEYS: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    D2: tl.constexpr,
+    D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Encodes one block of one head; `block` counts blocks of BLOCK tokens."""
-    _write_meta(X, META, x_t, shift, ring, block, BITS, GROUP, PER_TOKEN, BLOCK, D, D2)
+    if D == D2 and D > 32 and KEYS:
+        rows: tl.constexpr = PAGE if PER_TOKEN else GROUP
+        for piece in tl.static_range(BLOCK // rows):
+            _key_lines(
+                X, CODES, META, x_t, shift, ring, block * BLOCK + piece * rows, part, PARTS, BITS,
+                GROUP, PER_TOKEN, D, RING, ASM,
+            )  # fmt: skip
+    elif D == D2 and PER_TOKEN and not KEYS:
+        LOW: tl.constexpr = 2 if BITS == 3 else BITS
+        for piece in tl.static_range(BLOCK // PAGE):
+            page = block * (BLOCK // PAGE) + piece
+            codes = CODES + page * (PAGE * D * BITS // 16)
+            _value_columns(
+                X, codes, META, x_t, shift, ring, page, False, PAGE * LOW // 16, BITS, GROUP, D,
+                RING, ASM,
+            )  # fmt: skip
+            if BITS == 3:
+                _value_columns(
+                    X, codes + PAGE * D // 8, META, x_t, shift, ring, page, True, PAGE // 16,
+                    BITS, GROUP, D, RING, ASM,
+                )  # fmt: skip
+    else:
+        _encode_piecewise(
+            X, CODES, META, x_t, shift, ring, block, KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2,
+            RING, ASM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _encode_piecewise(
+    X, CODES, META, x_t, shift, ring, block, KEYS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    D2: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The same for any head_dim and axis: metadata first, then codes of what is read again."""
+    _write_meta(X, META, x_t, shift, ring, block, BITS, GROUP, PER_TOKEN, BLOCK, D, D2, RING)
     tl.debug_barrier()  # other threads of this program wrote the metadata that is read now
     if KEYS:
         ROWS: tl.constexpr = 32
@@ -172,7 +272,7 @@ def _encode_block(
         for row0 in tl.range(0, LINES, ROWS):
             _write_codes(
                 X, CODES, META, x_t, shift, ring, block * (BLOCK // PAGE) + piece, row0, KEYS,
-                BITS, GROUP, PER_TOKEN, D, ROWS, ALIKE,
+                BITS, GROUP, PER_TOKEN, D, ROWS, ALIKE, RING, ASM,
             )  # fmt: skip
 
 
@@ -180,67 +280,16 @@ def _encode_block(
 def encode(
     X, CODES, META, x_b, x_h, x_t, c_b, c_h, m_b, m_h, first, shift, ring, heads,
     KEYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head a program, from block `first` on; token t lies in row (t - shift) %
-    ring of X."""
+    """One block of one head a program (or a part of its lanes), from block `first` on; token t lies in row t - shift of
+    X, modulo `ring` with RING."""
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    _encode_block(
+    encode_block(
         X + b * x_b + h * x_h, CODES + b * c_b + h * c_h, META + b * m_b + h * m_h, x_t, shift,
-        ring, first + tl.program_id(0), KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2,
+        ring, first + tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, KEYS, BITS, GROUP,
+        PER_TOKEN, BLOCK, D, D2, PARTS, RING, ASM,
     )  # fmt: skip
-
-
-@triton.jit
-def _append_side(
-    NEW, EXACT, CODES, META, known, closed, due, ring, KEYS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    c = tl.arange(0, D2)
-    slot = known if known < SINKS else SINKS + (known - SINKS) % ring
-    tl.store(EXACT + slot * D + c, tl.load(NEW + c, mask=c < D), mask=c < D)
-    tail = EXACT + SINKS * D
-    for block in tl.range(closed // BLOCK, due // BLOCK):  # mostly none
-        _encode_block(
-            tail, CODES, META, D, 0, ring, block, KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2
-        )
-
-
-@triton.jit(do_not_specialize=["ring", "batch", "heads"])
-def append(
-    NK, NV, EK, EV, KC, KM, VC, VM, STATE, NEXT, nk_b, nk_h, nv_b, nv_h, ek_b, ek_h, ev_b, ev_h,
-    kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ring, batch, heads,
-    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
-    V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    D2: tl.constexpr,
-):  # fmt: skip
-    """Puts one token of one head and side into the ring and encodes the block that has left the
-    window, if one has. STATE [3, B] is read, NEXT is what attention reads and `merge` makes STATE.
-    """
-    side = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = (bh // heads).to(tl.int64)
-    h = (bh % heads).to(tl.int64)
-    known = tl.load(STATE + b)
-    closed = tl.load(STATE + 2 * batch + b)
-    due = tl.maximum(tl.maximum(known - (SINKS + RECENT), 0) // BLOCK * BLOCK, closed)
-    if side == 0:
-        _append_side(
-            NK + b * nk_b + h * nk_h, EK + b * ek_b + h * ek_h, KC + b * kc_b + h * kc_h,
-            KM + b * km_b + h * km_h, known, closed, due, ring, True, K_BITS, K_GROUP,
-            K_PER_TOKEN, SINKS, BLOCK, D, D2,
-        )  # fmt: skip
-    else:
-        _append_side(
-            NV + b * nv_b + h * nv_h, EV + b * ev_b + h * ev_h, VC + b * vc_b + h * vc_h,
-            VM + b * vm_b + h * vm_h, known, closed, due, ring, False, V_BITS, V_GROUP,
-            V_PER_TOKEN, SINKS, BLOCK, D, D2,
-        )  # fmt: skip
-    if side == 0 and h == 0:
-        tl.store(NEXT + b, known + 1)
-        tl.store(NEXT + batch + b, due)
-        tl.store(NEXT + 2 * batch + b, due)

@@ -151,7 +151,8 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = wide.aminmax(dim=-2, keepdim=True)
     zero = low.half()
     zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - least).half(), zero)
-    step = (high - zero) / (2**bits - 1)
+    # a product, since torch divides by a number in one way on a CPU and in another on a GPU
+    step = (high - zero) * (1 / (2**bits - 1))
     scale = step.half()
     scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + least).half(), scale)
     # a constant group: all codes are 0

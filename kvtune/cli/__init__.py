@@ -37,7 +37,10 @@ def build() -> typer.Typer:
         add(recipes, work, name, f"recipe.{name}")
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
-    add(app, bench.bench, "bench")
+    benches = typer.Typer(help="Time kernels, decoding and search trials on this machine.")
+    for name, work in bench.VERBS.items():
+        add(benches, work, name, f"bench.{name}")
+    app.add_typer(benches, name="bench", no_args_is_help=True)
     add(app, doctor.doctor, "doctor")
     return app
 
@@ -84,7 +87,7 @@ def _refused(error: Exception, words: Sequence[str]) -> int:
     failed = fault(error)
     if "--json" in words:
         named = [word for word in words if not word.startswith("-")]
-        verb = ".".join(named[: 2 if named[:1] == ["recipe"] else 1]) or "kvtune"
+        verb = ".".join(named[: 2 if named[:1] in (["recipe"], ["bench"]) else 1]) or "kvtune"
         print(envelope(verb, {}, [], failed))
     else:
         complain(failed)

@@ -1,0 +1,94 @@
+"""Groups to codes inside a kernel, to the last bit as `reference.quantize` says."""
+
+import triton
+import triton.language as tl
+
+LIMIT = tl.constexpr(65504.0)  # the largest float16
+EPS = tl.constexpr(2.0**-10)  # between 1 and the next float16
+LEAST = tl.constexpr(2.0**-24)  # the smallest float16
+
+
+@triton.jit
+def chosen(low, high, BITS: tl.constexpr):
+    """Float16 scale and zero, as uint32, of groups with these extremes."""
+    low = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
+    high = tl.minimum(tl.maximum(high, -LIMIT), LIMIT)
+    zero = low.to(tl.float16)
+    zero = tl.where(
+        zero.to(tl.float32) > low, (low - tl.abs(low) * EPS - LEAST).to(tl.float16), zero
+    )
+    step = (high - zero.to(tl.float32)) * (1.0 / ((1 << BITS) - 1))
+    scale = step.to(tl.float16)
+    scale = tl.where(scale.to(tl.float32) < step, (step + step * EPS + LEAST).to(tl.float16), scale)
+    scale = tl.where(scale.to(tl.float32) == 0.0, 1.0, scale.to(tl.float32)).to(tl.float16)
+    bits = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return bits | zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+
+
+@triton.jit
+def numbers(meta):
+    """Scale and zero as float32."""
+    scale = (meta & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (meta >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def inverse(scale, ASM: tl.constexpr):
+    """1 / scale, correctly rounded; scale is a float16, so one Newton step makes it so."""
+    if ASM:
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [scale], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.fma(tl.fma(-scale, near, 1.0), near, near)
+    else:
+        return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def rounded(x, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The nearest code, even at ties; values beyond float16 lie beyond the last code."""
+    if ASM:
+        code = tl.inline_asm_elementwise(  # below zero becomes zero
+            "cvt.rni.u32.f32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        magic: tl.constexpr = 12582912.0  # 1.5 * 2**23; a compiler may fuse it with a product
+        code = tl.minimum(tl.maximum(x, 0.0), (1 << BITS) - 1.0)
+        code = ((code + magic) - magic).to(tl.int32)
+    return tl.minimum(code.to(tl.uint32), (1 << BITS) - 1).to(tl.int32)
+
+
+@triton.jit
+def quantised(
+    x, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes [R, D] and metadata, [R, D / GROUP] or [D], of R whole tokens x [R, D].
+
+    Per channel, the R tokens are one group.
+    """
+    if PER_TOKEN:
+        grouped = x.reshape(x.shape[0], D // GROUP, GROUP)
+        meta = chosen(tl.min(grouped, 2), tl.max(grouped, 2), BITS)
+        scale, zero = numbers(meta)
+        times = inverse(scale, ASM)
+        code = rounded((grouped - zero[:, :, None]) * times[:, :, None], BITS, ASM)
+        code = code.reshape(x.shape[0], D)
+    else:
+        meta = chosen(tl.min(x, 0), tl.max(x, 0), BITS)
+        scale, zero = numbers(meta)
+        code = rounded((x - zero[None, :]) * inverse(scale, ASM)[None, :], BITS, ASM)
+    return code, meta
+
+
+@triton.jit
+def halves(code, BITS: tl.constexpr):
+    """Packs lines of codes [R, N] of up to 4 bits to 16-bit halves [R, N * BITS / 16], unturned."""
+    LANES: tl.constexpr = code.shape[1]
+    SLICES: tl.constexpr = 8 // BITS
+    slots = code.reshape(code.shape[0], SLICES, LANES // SLICES // 4, 2, 2)
+    i = tl.arange(0, SLICES)[None, :, None, None, None]
+    k = tl.arange(0, 2)[None, None, None, :, None]
+    slots = slots * (1 << (BITS * (2 * i + k)))  # a product, which is one instruction with the sum
+    return tl.sum(tl.sum(slots, 3), 1).reshape(code.shape[0], LANES * BITS // 16)

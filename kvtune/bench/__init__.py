@@ -1,0 +1,1 @@
+"""Bench: what kernels, decoding and search trials cost on this machine, each against 16 bits."""
