@@ -114,7 +114,7 @@ class FusedRows:
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D] as the next query reads them; for rows of equal length."""
         length, sinks = self.lengths[0], self.window.sinks
-        slots = self._slots(length, 0, length.seen, self.window.ring)
+        slots = self._slots(length, self.window.ring)
         sides = []
         held = (self._exact.keys, self._exact.values)
         for packed, exact, is_keys in zip(self._packed, held, (True, False), strict=True):
@@ -154,6 +154,9 @@ class FusedRows:
         twin.lengths = [replace(length) for length in self.lengths]
         paged = max(length.closed for length in self.lengths)
         twin._packed = _both(cut(packed, paged) for packed in self._packed)
+        if any(length.closed < paged for length in self.lengths):
+            # a shorter row has room for pages of its own in what would be shared
+            twin._packed = _both(_cloned(packed) for packed in twin._packed)
         twin._exact = Exact(self._exact.keys.clone(), self._exact.values.clone())
         twin._tell()
         return twin
@@ -255,8 +258,8 @@ class FusedRows:
             longest=max(closed), workspace=self._workspace,
         )  # fmt: skip
         for row, length in enumerate(self.lengths):
-            old = self._slots(length, row, length.seen, ring)
-            new = self._slots(length, row, length.seen, self.window.ring)
+            old = self._slots(length, ring)
+            new = self._slots(length, self.window.ring)
             sinks = slice(0, self.window.sinks)
             for held, x in ((self._exact.keys, wide.keys), (self._exact.values, wide.values)):
                 held[row, :, new] = x[row, :, old]
@@ -273,8 +276,8 @@ class FusedRows:
             values.new_zeros(batch, heads, sinks + ring, dim),
         )
         for row, length in enumerate(self.lengths):
-            old = self._slots(length, row, length.seen, self.window.ring)
-            new = self._slots(length, row, length.seen, ring)
+            old = self._slots(length, self.window.ring)
+            new = self._slots(length, ring)
             tokens = torch.arange(length.seen, length.seen + count, device=keys.device)
             places = torch.where(tokens < sinks, tokens, sinks + (tokens - sinks) % ring)
             for held, x, fresh in (
@@ -294,11 +297,11 @@ class FusedRows:
             held[rows, :, :sinks] = x[:, :, :sinks]
             held[rows, :, self.window.sinks + live % self.window.ring] = x[:, :, sinks + due :]
 
-    def _slots(self, length: Length, row: int, seen: int, ring: int) -> Tensor:
-        """Slots of a row's exact tokens behind the sinks."""
-        sinks = self.window.sinks
-        tokens = torch.arange(length.closed, max(length.closed, seen - sinks))
-        return (sinks + tokens % ring).to(self._exact.keys.device)
+    def _slots(self, length: Length, ring: int) -> Tensor:
+        """Slots of a row's exact tokens behind the sinks, in a ring of a size."""
+        sinks, device = self.window.sinks, self._exact.keys.device
+        end = max(length.closed, length.seen - sinks)
+        return sinks + torch.arange(length.closed, end, device=device) % ring
 
     def _exact_of(self, length: Length) -> int:
         behind = max(0, length.seen - self.window.sinks - length.closed)
@@ -339,6 +342,10 @@ def _runs(pads: list[int]) -> Iterator[tuple[slice, int]]:
 
 def _rows(packed: Packed, rows: slice | Tensor) -> Packed:
     return Packed(packed.codes[rows], packed.meta[rows], packed.format)
+
+
+def _cloned(packed: Packed) -> Packed:
+    return Packed(packed.codes.clone(), packed.meta.clone(), packed.format)
 
 
 def _both(sides: Iterator[Packed]) -> tuple[Packed, Packed]:

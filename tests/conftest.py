@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+
+# Without a GPU kernels run in Triton's interpreter, which their decorators ask for when imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import pytest
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -160,7 +160,8 @@ def test_assisted_decoding_never_loses_count(
 def test_assisted_decoding_without_a_window_is_refused_by_name(
     llama: Any, mode: str, recipe_of: Any, generate: Any, draw: Any
 ) -> None:
-    tokens = torch.cat([draw(1, 20), draw(1, 20)], 1)  # repeats, so that lookup finds candidates
+    # repeats, so that lookup finds candidates; a page closes within the first ones
+    tokens = torch.cat([draw(1, 31), draw(1, 31)], 1)
     with pytest.raises(UnsupportedError, match=r"Cannot crop \d+ tokens.*recent"):
         generate(llama, tokens, load(recipe_of("k2v4-bare"), llama), mode)
 

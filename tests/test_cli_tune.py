@@ -145,12 +145,12 @@ def test_a_gate_that_fails_exits_with_3_and_still_shows_all_numbers(kv, proof):
 
 def test_apply_generates_text_and_says_what_the_cache_took(kv, tuned, place):
     words = ("apply", tuned[0] / "chosen", "--model", place / "model", "--prompt", "The assert")
-    said = kv(*words, "--max-new-tokens", "160")
+    said = kv(*words, "--max-new-tokens", "400")
     assert said.code == 0
     assert said.out.strip()
     assert "smaller" in said.told and "in 16 bit" in said.told
-    data = kv.json(*words, "--max-new-tokens", "160", "--chat")["data"]
-    assert data["new_tokens"] == 160
+    data = kv.json(*words, "--max-new-tokens", "400", "--chat")["data"]
+    assert data["new_tokens"] == 400
     assert 0 < data["bytes"] < data["dense_bytes"]
     assert data["held_bytes"] > 0
     assert kv.json(*words, "--max-new-tokens", "2k")["error"]["exit_code"] == 2

@@ -12,26 +12,26 @@ from kvtune_kernels.packing import encode_block
 
 @triton.jit
 def _append_side(
-    NEW, EXACT, CODES, META, known, closed, due, ring, KEYS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, D2: tl.constexpr, ASM: tl.constexpr,
+    NEW, EXACT, CODES, META, known, closed, due, ring, shift, KEYS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Stores one token and encodes what is due."""
     c = tl.arange(0, D2)
-    slot = known if known < SINKS else SINKS + (known - SINKS) % ring
+    slot = known if known < SINKS else SINKS + (known - SINKS - shift) % ring
     tl.store(EXACT + slot * D + c, tl.load(NEW + c, mask=c < D), mask=c < D)
     tail = EXACT + SINKS * D
     for block in tl.range(closed // BLOCK, due // BLOCK):  # mostly none
         encode_block(
-            tail, CODES, META, D, 0, ring, block, 0, KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2, 1,
-            True, ASM,
+            tail, CODES, META, D, shift, ring, block, 0, KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2,
+            1, True, ASM,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ring", "batch", "heads"])
+@triton.jit(do_not_specialize=["ring", "shift", "batch", "heads"])
 def append(
     NK, NV, EK, EV, KC, KM, VC, VM, STATE, NEXT, nk_b, nk_h, nv_b, nv_h, ek_b, ek_h, ev_b, ev_h,
-    kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ring, batch, heads,
+    kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ring, shift, batch, heads,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
     V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
@@ -50,13 +50,13 @@ def append(
     if side == 0:
         _append_side(
             NK + b * nk_b + h * nk_h, EK + b * ek_b + h * ek_h, KC + b * kc_b + h * kc_h,
-            KM + b * km_b + h * km_h, known, closed, due, ring, True, K_BITS, K_GROUP,
+            KM + b * km_b + h * km_h, known, closed, due, ring, shift, True, K_BITS, K_GROUP,
             K_PER_TOKEN, SINKS, BLOCK, D, D2, ASM,
         )  # fmt: skip
     else:
         _append_side(
             NV + b * nv_b + h * nv_h, EV + b * ev_b + h * ev_h, VC + b * vc_b + h * vc_h,
-            VM + b * vm_b + h * vm_h, known, closed, due, ring, False, V_BITS, V_GROUP,
+            VM + b * vm_b + h * vm_h, known, closed, due, ring, shift, False, V_BITS, V_GROUP,
             V_PER_TOKEN, SINKS, BLOCK, D, D2, ASM,
         )  # fmt: skip
     if side == 0 and h == 0:

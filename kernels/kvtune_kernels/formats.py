@@ -11,7 +11,7 @@ PAGE = 64  # tokens of a page: what attention reads at once
 
 
 class Format(NamedTuple):
-    """Affine codes: `group` tokens of one channel share scale and zero, or channels of one token."""
+    """Affine codes: `group` tokens of a channel share scale and zero, or channels of a token."""
 
     bits: int  # 2, 3, 4 or 8
     group: int

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def append(
     key: Tensor, value: Tensor, exact: Exact, keys: Packed, values: Packed, state: Tensor,
     next_state: Tensor, window: Window,
 ) -> None:  # fmt: skip
-    """Puts one token, key and value [B, H, 1, D], into the ring and closes what has left the window.
+    """Puts one token, key and value [B, H, 1, D], into the ring; closes what has left the window.
 
     Reads `state` [3, B] and writes `next_state`; `attend_packed` reads that one, and with
     `advance` copies it back. Allocates nothing, so steps can be captured in a CUDA graph.
@@ -153,7 +154,7 @@ def append(
     strided = (key, value, exact.keys, exact.values, *sides)
     appending.append[(2, batch * heads)](
         *strided, state, next_state, *(step for x in strided for step in x.stride()[:2]),
-        exact.keys.shape[2] - window.sinks, batch, heads, *keys.format, *values.format,
+        *turned(exact, window), batch, heads, *keys.format, *values.format,
         *window, D=dim, D2=triton.next_power_of_2(dim), ASM=not portable(),
         num_warps=4,
     )  # fmt: skip
@@ -193,18 +194,21 @@ def attend_packed(
         keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32),
         exact.keys, exact.values,
     )  # fmt: skip
-    paged.attend_split[(parts, batch * heads, blocks)](
+    launch = functools.partial(
+        paged.attend_split[(parts, batch * heads, blocks)],
         query, *strided, state, workspace.lanes(query.device), out, lse,
         dim**-0.5 if scale is None else scale, *query.stride()[:3],
         *(step for x in strided for step in x.stride()[:2]),
-        exact.keys.shape[2] - window.sinks, exact.shift, batch, heads, share, count, splits, first,
+        *turned(exact, window), batch, heads, share, count, splits, first,
         N=columns, MASKED=count > 1, D=dim, D2=wide,
         K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
         V_BITS=values.format.bits, V_GROUP=values.format.group,
         V_PER_TOKEN=values.format.per_token, SINKS=window.sinks, RECENT=window.recent,
         BLOCK=window.block, CAP=softcap or 0.0, STAGES=stages(keys.format, values.format),
-        EARLY=early(query.device), ASM=not portable(), num_warps=warps(wide, columns),
+        EARLY=early(query.device), num_warps=warps(wide, columns),
     )  # fmt: skip
+    if portable() or not in_order(launch(ASM=True)):
+        launch(ASM=False)
     result = torch.empty(batch, count, query_heads, dim, dtype=query.dtype, device=query.device)
     result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
     many = triton.next_power_of_2(parts)
@@ -217,9 +221,29 @@ def attend_packed(
     return result
 
 
+def turned(exact: Exact, window: Window) -> tuple[int, int]:
+    """The ring's slots, and its shift below zero: a kernel's remainder has the sign of a token."""
+    ring = exact.keys.shape[2] - window.sinks
+    return ring, exact.shift % ring - ring
+
+
 def portable() -> bool:
     """Whether kernels must do without inline PTX: in the interpreter, and on other GPUs."""
     return interpreted() or torch.version.cuda is None
+
+
+@functools.cache
+def in_order(kernel: object) -> bool:
+    """Whether a compiled kernel holds neighbouring lanes together, as inline PTX takes them.
+
+    The operands of warp-level products do (of two lines at a time, four lanes each); those of a
+    warp group's, which Triton might choose on its own some day, do not.
+    """
+    layouts = re.findall(r"nvidia_mma<\{versionMajor = (\d)", kernel.asm["ttgir"])
+    sound = set(layouts) <= {"2"}
+    if not sound:
+        _say_once("this Triton lays out products in an order that the kernels do not know")
+    return sound
 
 
 @functools.cache

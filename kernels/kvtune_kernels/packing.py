@@ -283,8 +283,10 @@ def encode(
     BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head a program (or a part of its lanes), from block `first` on; token t lies in row t - shift of
-    X, modulo `ring` with RING."""
+    """One block of one head a program, or a part of its lanes, from block `first` on.
+
+    Token t lies in row t - shift of X, modulo `ring` with RING.
+    """
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)

@@ -189,6 +189,19 @@ def attend_split(
     tl.store(LSE + place, tl.where(some, top + tl.log2(total), FAR), mask=used)
 
 
+@triton.jit
+def _some_parts(
+    OUT, LSE, place, first, parts, step, D: tl.constexpr, D2: tl.constexpr, FEW: tl.constexpr
+):
+    """Log-sum-exp [FEW] and outputs [FEW, D2] of parts from `first` on; none weighs nothing."""
+    channel = tl.arange(0, D2)
+    part = first + tl.arange(0, FEW)
+    at = place + part * step
+    there = (part < parts)[:, None] & (channel < D)[None, :]
+    lse = tl.load(LSE + at, mask=part < parts, other=2 * FAR)
+    return lse, tl.load(OUT + at[:, None] * D + channel[None, :], mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=["batch", "heads", "share", "count", "parts"])
 def merge(
     OUT, LSE, RESULT, BEFORE, STATE, r_b, r_h, r_m, batch, heads, share, count, parts,
@@ -207,21 +220,20 @@ def merge(
     b = bh // heads
     channel = tl.arange(0, D2)
     place = bh * parts * (share * count) + column
-    part = tl.arange(0, PARTS)
-    lse = tl.load(LSE + place + part * (share * count), mask=part < parts, other=FAR)
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.where(part < parts, tl.exp2(lse - top), 0.0), 0)
-    acc = tl.zeros([D2], tl.float32)
-    for first in tl.range(0, parts, FEW):
-        few = first + tl.arange(0, FEW)
-        at = place + few * (share * count)
-        weight = tl.exp2(tl.load(LSE + at, mask=few < parts, other=2 * FAR) - top)
-        out = tl.load(
-            OUT + at[:, None] * D + channel[None, :],
-            mask=(few < parts)[:, None] & (channel < D)[None, :],
-            other=0.0,
-        )
-        acc += tl.sum(out * weight[:, None], 0)
+    if FEW == PARTS:
+        lse, out = _some_parts(OUT, LSE, place, 0, parts, share * count, D, D2, FEW)
+        weight = tl.exp2(lse - tl.max(lse, 0))
+        total = tl.sum(weight, 0)
+        acc = tl.sum(out * weight[:, None], 0)
+    else:
+        part = tl.arange(0, PARTS)
+        lse = tl.load(LSE + place + part * (share * count), mask=part < parts, other=2 * FAR)
+        top = tl.max(lse, 0)
+        total = tl.sum(tl.exp2(lse - top), 0)
+        acc = tl.zeros([D2], tl.float32)
+        for first in tl.range(0, parts, FEW):
+            some, out = _some_parts(OUT, LSE, place, first, parts, share * count, D, D2, FEW)
+            acc += tl.sum(out * tl.exp2(some - top)[:, None], 0)
     h = bh % heads * share + column // count
     where = RESULT + b * r_b + h * r_h + column % count * r_m + channel
     tl.store(where, (acc / total).to(RESULT.dtype.element_ty), mask=channel < D)

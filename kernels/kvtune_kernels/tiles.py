@@ -80,10 +80,7 @@ def _metadata(
         where = at + c[:, None] * c_step + t[None, :]
         there = there[:, None] & (t[None, :] >= 0)
     bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
-    if bounded:
-        meta = tl.load(where, mask=there, other=0)
-    else:
-        meta = tl.load(where)
+    meta = tl.load(where, mask=there, other=0) if bounded else tl.load(where)
     s, z = scale_and_zero(meta, ASM)
     if ASM and BITS != 8:
         if BITS == 4:
@@ -100,7 +97,8 @@ def _metadata(
 @triton.jit
 def _slice(
     LINES, HIGH, rows, META, tile, first: tl.constexpr, i: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Slice i of a tile as float16 values [ROWS, WIDE], in plain Triton."""
@@ -119,7 +117,8 @@ def _slice(
 
 @triton.jit
 def slices(
-    LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, KEYS: tl.constexpr, BITS: tl.constexpr,
+    LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, KEYS: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -153,10 +152,7 @@ def slices(
         where = LINES + rows[:, None] * W + j[None, :]
         bounded: tl.constexpr = WIDE != W or (ROWS != D and not KEYS)
         ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
-        if bounded:
-            word = tl.load(where, mask=ok, other=0)
-        else:
-            word = tl.load(where)
+        word = tl.load(where, mask=ok, other=0) if bounded else tl.load(where)
         s0, z0 = _metadata(
             META, tile, first, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
         )
@@ -184,10 +180,7 @@ def slices(
             x0, x1, x2, x3 = values_2(word, s0, z0, s1, z1, s2, z2, s3, z3)
         else:
             where = HIGH + rows[:, None] * (W // 2) + (j % (W // 2))[None, :]
-            if bounded:
-                high = tl.load(where, mask=ok, other=0)
-            else:
-                high = tl.load(where)
+            high = tl.load(where, mask=ok, other=0) if bounded else tl.load(where)
             high = shifted_left(high, (1 - lanes // (W // 2))[None, :])
             x0, x1, x2, x3 = values_3(word, high, s0, z0, s1, z1, s2, z2, s3, z3)
     return x0, x1, x2, x3
@@ -205,7 +198,8 @@ def logits(
     page = KEYS + tile * (PAGE * D * BITS // 8)
     rows = u * ROWS + tl.arange(0, ROWS)
     k0, k1, k2, k3 = slices(
-        page, page + PAGE * D * low // 8, rows, lanes, META, tile, u * ROWS, True, BITS, GROUP, PER_TOKEN,
+        page, page + PAGE * D * low // 8, rows, lanes, META, tile, u * ROWS, True, BITS, GROUP,
+        PER_TOKEN,
         D, ROWS, W, WIDE, ASM,
     )  # fmt: skip
     s = tl.dot(k0, q0)

@@ -1,0 +1,12 @@
+"""Kernels are tested on a GPU at real shapes, without one in Triton's interpreter at tiny ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
