@@ -57,7 +57,8 @@ def unsupported(
     for format in formats:
         if format.bits == 3 and head_dim % 32:
             return f"3 bits need a head_dim that is a multiple of 32, not {head_dim}"
-        if format.group != head_dim and (format.group & (format.group - 1)):
+        whole = format.per_token and format.group == head_dim
+        if not whole and format.group & (format.group - 1):
             return f"group {format.group} is no power of two"
     return None
 

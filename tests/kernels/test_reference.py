@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from kvtune_kernels.reference import attend, dequantize, pack, packed_width, quantize, unpack
+from kvtune_kernels import Format, Packed, attend, cut, decode, encode
+from kvtune_kernels.reference import (
+    dequantize,
+    pack,
+    pack_pages,
+    packed_width,
+    quantize,
+    store,
+    unpack,
+    unpack_pages,
+)
 from torch import Tensor
 
 BITS = (1, 2, 3, 4, 8)
@@ -157,6 +167,92 @@ def test_dequantize_is_a_product_and_a_sum_in_float32(dtype: torch.dtype) -> Non
     exact = plain.double() * scale.double() + zero.double()
     assert back.dtype == dtype
     torch.testing.assert_close(back, exact.to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+PAGED = [
+    Format(bits, group, per_token)
+    for bits in QUANTIZED
+    for group, per_token in ((32, False), (64, False), (128, False), (32, True), (96, True))
+]
+SIDES = pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
+
+
+@SIDES
+@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("dim", [16, 32, 80, 96, 256])
+def test_what_is_unpacked_from_pages_is_what_was_packed(dim: int, bits: int, keys: bool) -> None:
+    plain = codes((2, 3, 192, dim), bits)
+    pages = pack_pages(plain, bits, keys)
+    assert pages.shape == (2, 3, 3, packed_width(64 * dim, bits))
+    assert torch.equal(unpack_pages(pages, bits, keys), plain)
+
+
+@SIDES
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_a_page_stands_alone(bits: int, keys: bool) -> None:
+    """What changes in one page changes no byte of another."""
+    plain = codes((1, 2, 192, 32), bits)
+    other = plain.clone()
+    other[:, 1, 64:128] ^= 1
+    changed = pack_pages(plain, bits, keys) != pack_pages(other, bits, keys)
+    assert changed.any(-1).tolist() == [[[False] * 3, [False, True, False]]]
+
+
+@SIDES
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_a_line_of_a_page_is_a_token_of_keys_or_a_channel_of_values(bits: int, keys: bool) -> None:
+    """What attention contracts along lies together: one code's change stays within its line."""
+    plain = codes((1, 1, 64, 32), bits)
+    other = plain.clone()
+    other[:, :, 5, 9] ^= 2**bits - 1
+    changed = (pack_pages(plain, bits, keys) != pack_pages(other, bits, keys)).flatten()
+    lines, line = (64, 5) if keys else (32, 9)
+    planes = changed.split([len(changed) * 2 // 3, len(changed) // 3]) if bits == 3 else [changed]
+    for plane in planes:
+        assert plane.unflatten(0, (lines, -1)).any(-1).nonzero().flatten().tolist() == [line]
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", PAGED, ids=str)
+def test_what_is_decoded_is_what_was_encoded_up_to_half_a_step(
+    format: Format, dtype: torch.dtype, keys: bool
+) -> None:
+    x = (random(2, 3, 256, 96, seed=format.bits) * 4 + 3).to(dtype)
+    packed = Packed(*encode(x, format, keys), format)
+    room = Packed.empty(format, 2, 3, 256, 96, x.device)
+    for made, empty in zip(packed[:2], room[:2], strict=True):
+        assert (made.shape, made.dtype) == (empty.shape, empty.dtype)
+    axis = 3 if format.per_token else 2
+    groups, back = (
+        y.unflatten(axis, (-1, format.group)).movedim(axis + 1, -1).unsqueeze(-1)
+        for y in (x, decode(packed, keys, torch.float64))
+    )
+    _, scale, zero = quantize(groups, format.bits)
+    assert ((back - groups.double()).abs() <= steps(scale, zero, groups)).all()
+    assert decode(packed, keys, dtype).dtype == dtype
+
+
+@SIDES
+@pytest.mark.parametrize("format", PAGED, ids=str)
+def test_encoding_in_blocks_equals_encoding_in_one_go(format: Format, keys: bool) -> None:
+    """And `cut` finds again what `store` has put there, in one row or in all."""
+    block = format.block
+    x = random(2, 1, 3 * block, 96).float()
+    whole, parts = (Packed.empty(format, 2, 1, 3 * block, 96, x.device) for _ in range(2))
+    store(whole, *encode(x, format, keys), 0)
+    for first in range(0, 3 * block, block):
+        for row in (0, 1):
+            piece = x[row : row + 1, :, first : first + block]
+            store(parts, *encode(piece, format, keys), first, row)
+    assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.meta, parts.meta)
+    back = decode(whole, keys, torch.float32)
+    for row in (None, 1):
+        rows = slice(None) if row is None else slice(row, row + 1)
+        assert torch.equal(
+            decode(cut(whole, 2 * block, row), keys, torch.float32), back[rows, :, : 2 * block]
+        )
+    assert cut(whole, 0).codes.shape[2] == cut(whole, 0).meta.shape[2] == 0
 
 
 def eager(
