@@ -20,6 +20,7 @@ from kvtune_kernels import (
     decode,
     encode_into,
     runs_triton,
+    say_once,
 )
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,7 +34,11 @@ def serves(policy: Policy, keys: Tensor) -> bool:
     dim = keys.shape[-1]
     formats = [side.format(dim) for side in (policy.keys, policy.values)]
     known = [format for format in formats if format is not None]
-    return len(known) == 2 and runs_triton(dim, keys.dtype, keys.device, *known)
+    if len(known) < 2:
+        if keys.is_cuda:
+            say_once("Kernels read one quantiser on each side; other chains run in plain torch.")
+        return False
+    return runs_triton(dim, keys.dtype, keys.device, *known)
 
 
 @dataclass

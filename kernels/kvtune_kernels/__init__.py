@@ -9,6 +9,7 @@ from kvtune_kernels.launch import (
     encode_into,
     implementation,
     runs_triton,
+    say_once,
     unsupported,
 )
 from kvtune_kernels.reference import attend, cut, decode, encode
@@ -29,5 +30,6 @@ __all__ = [
     "encode_into",
     "implementation",
     "runs_triton",
+    "say_once",
     "unsupported",
 ]

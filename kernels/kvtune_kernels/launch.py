@@ -70,13 +70,14 @@ def runs_triton(head_dim: int, dtype: torch.dtype, device: torch.device, *format
         return False
     reason = unsupported(head_dim, dtype, device, *formats)
     if reason is not None:
-        _say_once(reason)
+        say_once(f"kvtune runs in plain torch: {reason}.")
     return reason is None
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(f"kvtune runs in plain torch: {reason}.", stacklevel=4)
+def say_once(text: str) -> None:
+    """Warns of something slow, the first time only."""
+    warnings.warn(text, stacklevel=4)
 
 
 def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | None = None) -> None:
@@ -243,7 +244,7 @@ def in_order(kernel: object) -> bool:
     layouts = re.findall(r"nvidia_mma<\{versionMajor = (\d)", kernel.asm["ttgir"])
     sound = set(layouts) <= {"2"}
     if not sound:
-        _say_once("this Triton lays out products in an order that the kernels do not know")
+        say_once("kvtune's kernels run without inline PTX: this Triton lays out products anew.")
     return sound
 
 

@@ -145,20 +145,33 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     (Qwen2.5's key biases). Scale and zero are float16 whatever the dtype of x, since bfloat16 would
     cost eight times the rounding; zero is rounded down and scale up, so no value is ever clipped.
     """
-    limit, eps = torch.finfo(torch.float16).max, torch.finfo(torch.float16).eps
-    least = torch.finfo(torch.float16).smallest_normal * eps  # the smallest float16
+    limit = torch.finfo(torch.float16).max
     wide = (x if x.dtype == torch.float64 else x.float()).clamp(-limit, limit)
     low, high = wide.aminmax(dim=-2, keepdim=True)
     zero = low.half()
-    zero = torch.where(zero.to(wide.dtype) > low, (low - low.abs() * eps - least).half(), zero)
+    zero = torch.where(zero.to(wide.dtype) > low, _next(zero, up=False), zero)
     # a product, since torch divides by a number in one way on a CPU and in another on a GPU
     step = (high - zero) * (1 / (2**bits - 1))
     scale = step.half()
-    scale = torch.where(scale.to(wide.dtype) < step, (step + step * eps + least).half(), scale)
+    scale = torch.where(scale.to(wide.dtype) < step, _next(scale, up=True), scale)
     # a constant group: all codes are 0
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = ((wide - zero) * (1 / scale.to(wide.dtype))).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
+
+
+def _next(x: Tensor, up: bool) -> Tensor:
+    """The next float16 above, of numbers that are not negative, or below.
+
+    By its bits: of sums that should do the same a GPU's compiler may leave out a rounding.
+    """
+    bits = x.view(torch.int16)
+    if up:
+        return (bits + 1).view(torch.float16)
+    beyond = torch.where(
+        bits == 0, -(2**15) + 1, bits + 1
+    )  # a negative number's bits grow downwards
+    return torch.where(bits > 0, bits - 1, beyond.to(torch.int16)).view(torch.float16)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:

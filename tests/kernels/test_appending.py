@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 GPU = torch.cuda.is_available()
-HEADS, STEPS = (4, 700) if GPU else (1, 240)
+HEADS, STEPS = (4, 700) if GPU else (1, 200)
 
 
 class Kind(NamedTuple):

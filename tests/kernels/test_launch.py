@@ -95,7 +95,7 @@ def test_a_cpu_without_the_interpreter_and_a_machine_without_triton_run_no_kerne
 
 def test_the_slow_way_is_announced_once_and_right(device: torch.device) -> None:
     """Where a kernel was asked for and cannot run, the reference answers; the caller is named."""
-    launch._say_once.cache_clear()
+    launch.say_once.cache_clear()
     x = torch.randn(1, 1, 64, 24, device=device).half()
     packed = Packed.empty(Format(4, 24, True), 1, 1, 64, 24, device)
     with implementation("triton"):
@@ -110,7 +110,7 @@ def test_the_slow_way_is_announced_once_and_right(device: torch.device) -> None:
 
 
 def test_nothing_is_said_where_the_reference_was_asked_for_or_is_usual() -> None:
-    launch._say_once.cache_clear()
+    launch.say_once.cache_clear()
     for name in ("reference", "auto"):
         with implementation(name):
             assert not runs_triton(24, torch.float32, CPU)

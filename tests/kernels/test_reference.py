@@ -89,6 +89,22 @@ def test_no_value_is_ever_clipped(
     assert ((back - x.double()).abs() <= steps(scale, zero, x)).all()
 
 
+@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("offset", [0.0, -3e-5, 17.3, -900.0])
+def test_scale_and_zero_are_the_nearest_float16_that_clip_nothing(offset: float, bits: int) -> None:
+    x = random(2000, 32, 2).float() + offset
+    _, scale, zero = quantize(x, bits)
+    low, high = x.aminmax(dim=-2, keepdim=True)
+    step = (high - zero) * (1 / (2**bits - 1))
+    least = torch.tensor(2.0**-24).half()
+    for stored, true in ((zero, low), (-scale, -step)):
+        assert (stored.float() <= true).all()
+        towards = torch.where(stored < 0, -1, 1).to(torch.int16)
+        after = (stored.view(torch.int16) + towards).view(torch.float16)
+        after = torch.where(stored == 0, least, after)
+        assert (after.float() > true).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", QUANTIZED)
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 100.0])
