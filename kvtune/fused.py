@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from kvtune_kernels import (
@@ -49,6 +50,16 @@ class Length:
     closed: int = 0  # paged, counted after the sinks
 
 
+class Turn(NamedTuple):
+    """New tokens and what is asked of them."""
+
+    query: Tensor  # [B, Hq, n, D]
+    keys: Tensor  # [B, H, n, D]
+    values: Tensor
+    scale: float | None
+    softcap: float | None
+
+
 class FusedRows:
     """The tokens of all batch rows in one layer: sinks and window in a ring, the rest in pages.
 
@@ -87,13 +98,12 @@ class FusedRows:
 
         The first call takes the whole prompt, paddings included, and reads it exactly.
         """
+        turn = Turn(query, keys, values, scale, softcap)
         if self.seen == 0:
-            out = self._prompt(query, keys, values, scale, softcap)
+            out = self._prompt(turn)
             self.fill(keys, values)
             return out
-        if keys.shape[2] == 1:
-            return self._step(query, keys, values, scale, softcap)
-        return self._chunk(query, keys, values, scale, softcap)
+        return self._step(turn) if keys.shape[2] == 1 else self._chunk(turn)
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a prompt [B, H, T, D], paddings included, that was computed densely."""
@@ -187,15 +197,9 @@ class FusedRows:
         )
         return keys + sum(x.untyped_storage().nbytes() for x in self._state), values
 
-    def _prompt(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def _prompt(self, turn: Turn) -> Tensor:
         """A prompt attends to itself exactly (as in KIVI, arXiv:2402.02750)."""
+        query, keys, values, scale, softcap = turn
         out = query.new_zeros(query.shape[0], query.shape[2], *query.shape[1::2]).transpose(1, 2)
         for rows, pad in _runs(self.pads):
             q, k, v = (x[rows, :, pad:] for x in (query, keys, values))
@@ -209,14 +213,7 @@ class FusedRows:
                 out[rows, :, pad:] = attend(q, k, v, ones.tril(), scale, softcap)
         return out
 
-    def _step(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def _step(self, turn: Turn) -> Tensor:
         """One token a row."""
         for length in self.lengths:
             length.closed = max(length.closed, self.window.due(length.seen))
@@ -224,21 +221,15 @@ class FusedRows:
         longest = max(length.closed for length in self.lengths)
         self._ensure(longest)
         before, after = self._state
-        append(keys, values, self._exact, *self._packed, before, after, self.window)
+        append(turn.keys, turn.values, self._exact, *self._packed, before, after, self.window)
         return attend_packed(
-            query, *self._packed, self._exact, after, self.window, scale, softcap,
+            turn.query, *self._packed, self._exact, after, self.window, turn.scale, turn.softcap,
             longest=longest, workspace=self._workspace, advance=before,
         )  # fmt: skip
 
-    def _chunk(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def _chunk(self, turn: Turn) -> Tensor:
         """Several tokens a row: a wider ring holds them beside the window until they are paged."""
+        query, keys, values, scale, softcap = turn
         count = keys.shape[2]
         starts = [length.closed for length in self.lengths]
         ring = max(self._exact_of(length) for length in self.lengths) + count

@@ -170,7 +170,9 @@ def attend_packed(
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D] over sinks, pages and ring; see `reference.attend_packed`.
 
-    `longest`: the most tokens of a row, which the launch is shaped for (all capacity when 0).
+    One query reads all pages that `state` counts, so none may have closed that it should not see:
+    `append` leaves it so. `longest`: the most paged tokens of a row, which the launch is shaped for
+    (all capacity when 0).
     `advance`: a state that takes over `state` when all is read.
     """
     batch, query_heads, count, dim = query.shape

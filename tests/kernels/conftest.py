@@ -9,4 +9,5 @@ import torch
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if found else torch.device("cpu")
