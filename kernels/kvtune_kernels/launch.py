@@ -243,8 +243,10 @@ def in_order(kernel: object) -> bool:
     The operands of warp-level products do (of two lines at a time, four lanes each); those of a
     warp group's, which Triton might choose on its own some day, do not.
     """
-    layouts = re.findall(r"nvidia_mma<\{versionMajor = (\d)", kernel.asm["ttgir"])
-    sound = set(layouts) <= {"2"}
+    text = getattr(kernel, "asm", {}).get("ttgir", "")
+    products = re.findall(r"nvidia_mma<\{versionMajor = (\d)", text)
+    lanes = re.findall(r"i8, #ttg.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)", text)
+    sound = set(products) == {"2"} and set(lanes) <= {"4"}
     if not sound:
         say_once("kvtune's kernels run without inline PTX: this Triton lays out products anew.")
     return sound

@@ -147,3 +147,24 @@ def test_a_workspace_grows_and_is_kept(device: torch.device) -> None:
     workspace.partial(12, 64, device)
     assert workspace.nbytes == 4 * 12 * 65
     assert torch.equal(workspace.lanes(device).cpu(), torch.arange(256).to(torch.uint8))
+
+
+class Compiled:
+    """What Triton hands back, as far as it is looked at."""
+
+    def __init__(self, text: str) -> None:
+        self.asm = {"ttgir": text}
+
+
+MMA = "#ttg.nvidia_mma<{{versionMajor = {}, "
+LANES = "i8, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
+
+
+def test_a_kernel_with_lanes_in_another_order_is_known_by_its_layouts() -> None:
+    """Products of a warp group gave wrong numbers on a GPU, and no error."""
+    launch.say_once.cache_clear()
+    assert launch.in_order(Compiled(MMA.format(2) + LANES.format(4)))
+    with pytest.warns(UserWarning, match="inline PTX"):
+        assert not launch.in_order(Compiled(MMA.format(2) + MMA.format(3) + LANES.format(4)))
+    assert not launch.in_order(Compiled(MMA.format(2) + LANES.format(2)))
+    assert not launch.in_order(Compiled(""))
