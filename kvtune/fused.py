@@ -12,7 +12,6 @@ from kvtune_kernels import (
     PAGE,
     Exact,
     Packed,
-    Window,
     Workspace,
     append,
     attend,
@@ -26,6 +25,7 @@ from kvtune_kernels import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvtune.attention import causal
 from kvtune.errors import UnsupportedError
 from kvtune.recipe import Policy
 
@@ -74,7 +74,7 @@ class FusedRows:
     def __init__(self, policy: Policy, pads: list[int], workspace: Workspace) -> None:
         self.policy = policy
         self.pads = pads
-        self.window = Window(policy.sinks, policy.recent, policy.block)
+        self.window = policy.window
         self.lengths = [Length(0) for _ in pads]
         self._workspace = workspace
         self._packed: tuple[Packed, Packed]
@@ -121,7 +121,7 @@ class FusedRows:
             for packed, x, is_keys in zip(self._packed, true, (True, False), strict=True):
                 paged = x[:, :, self.window.sinks : self.window.sinks + due]
                 encode_into(_rows(packed, rows), paged, 0, is_keys)
-            self._keep(rows, true, 0, due)
+            self._keep(rows, true, due)
             for length in self.lengths[rows]:
                 length.closed = due
         self._tell()
@@ -209,8 +209,8 @@ class FusedRows:
                     q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True
                 )
             else:
-                ones = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-                out[rows, :, pad:] = attend(q, k, v, ones.tril(), scale, softcap)
+                mask = causal(q.shape[2], q.shape[2], q.device)
+                out[rows, :, pad:] = attend(q, k, v, mask, scale, softcap)
         return out
 
     def _step(self, turn: Turn) -> Tensor:
@@ -253,13 +253,7 @@ class FusedRows:
             query, *self._packed, wide, state, self.window, scale, softcap,
             longest=max(closed), workspace=self._workspace,
         )  # fmt: skip
-        for row, length in enumerate(self.lengths):
-            old = self._slots(length, ring)
-            new = self._slots(length, self.window.ring)
-            sinks = slice(0, self.window.sinks)
-            for held, x in ((self._exact.keys, wide.keys), (self._exact.values, wide.values)):
-                held[row, :, new] = x[row, :, old]
-                held[row, :, sinks] = x[row, :, sinks]
+        self._carry(wide, self._exact)
         self._tell()
         return out
 
@@ -271,21 +265,24 @@ class FusedRows:
             keys.new_zeros(batch, heads, sinks + ring, dim),
             values.new_zeros(batch, heads, sinks + ring, dim),
         )
+        self._carry(self._exact, wide)
         for row, length in enumerate(self.lengths):
-            old = self._slots(length, self.window.ring)
-            new = self._slots(length, ring)
             tokens = torch.arange(length.seen, length.seen + count, device=keys.device)
             places = torch.where(tokens < sinks, tokens, sinks + (tokens - sinks) % ring)
-            for held, x, fresh in (
-                (wide.keys, self._exact.keys, keys),
-                (wide.values, self._exact.values, values),
-            ):
-                held[row, :, :sinks] = x[row, :, :sinks]
-                held[row, :, new] = x[row, :, old]
-                held[row, :, places] = fresh[row]
+            wide.keys[row, :, places], wide.values[row, :, places] = keys[row], values[row]
         return wide
 
-    def _keep(self, rows: slice, sides: tuple[Tensor, Tensor], first: int, due: int) -> None:
+    def _carry(self, source: Exact, target: Exact) -> None:
+        """Copies the sinks, and every row's exact tokens behind them, from ring to ring."""
+        sinks = self.window.sinks
+        for row, length in enumerate(self.lengths):
+            old = self._slots(length, source.keys.shape[2] - sinks)
+            new = self._slots(length, target.keys.shape[2] - sinks)
+            for held, x in ((target.keys, source.keys), (target.values, source.values)):
+                held[row, :, :sinks] = x[row, :, :sinks]
+                held[row, :, new] = x[row, :, old]
+
+    def _keep(self, rows: slice, sides: tuple[Tensor, Tensor], due: int) -> None:
         """Puts the sinks and what is not paged of true tokens [b, H, T, D] into the ring."""
         sinks = min(self.window.sinks, sides[0].shape[2])
         live = torch.arange(due, sides[0].shape[2] - sinks, device=sides[0].device)

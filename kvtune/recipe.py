@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
+from kvtune_kernels import Window
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -131,9 +132,14 @@ class Policy(_Model):
         """True when nothing is compressed."""
         return not self.keys.codecs and not self.values.codecs
 
+    @property
+    def window(self) -> Window:
+        """Which tokens stay exact, as kernels are told."""
+        return Window(self.sinks, self.recent, self.block)
+
     def due(self, seen: int) -> int:
         """How many tokens after the sinks have left the window once `seen` tokens are known."""
-        return max(0, seen - self.sinks - self.recent) // self.block * self.block
+        return self.window.due(seen)
 
 
 class ModelBinding(_Model):

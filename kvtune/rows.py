@@ -9,6 +9,7 @@ import torch
 from kvtune_kernels import attend
 from torch import Tensor
 
+from kvtune.attention import causal
 from kvtune.errors import UnsupportedError
 from kvtune.pages import MakeSite, Pages
 from kvtune.recipe import Policy
@@ -47,7 +48,8 @@ class Rows:
         first, start = self.seen == 0, self.keys.tokens
         self._extend(keys, values)
         if first:
-            mask = _causal(keys.shape[2], keys.device) if keys.shape[2] > 1 else None
+            count = keys.shape[2]
+            mask = causal(count, count, keys.device) if count > 1 else None
             out = attend(query, keys, values, mask, scale, softcap)
         else:
             # what the last query reads from pages; after a crop they may hold more than that
@@ -160,10 +162,6 @@ class Rows:
         sees_pages = tokens[:paged] < sinks + due
         sees_exact = (exact >= sinks + due) & (exact <= positions[:, None])
         return torch.cat([sees_sinks, sees_pages, sees_exact], 1)
-
-
-def _causal(count: int, device: torch.device) -> Tensor:
-    return torch.ones(count, count, dtype=torch.bool, device=device).tril()
 
 
 def _join(held: tuple[Tensor, Tensor] | None, more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

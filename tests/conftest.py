@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,28 @@ def shipped() -> dict[str, Path]:
 def demo() -> tuple[Any, Any]:
     """The demo model and its tokenizer; the first call of all fetches it."""
     return load_model("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_case() -> Callable[[Any], Any]:
+    """Makes a case of the bench one of a few hundred tokens, its formats and evenness kept."""
+
+    def small(case: Any) -> Any:
+        shape, share = case.shape, case.shape.heads // case.shape.kv_heads
+        context, batch = 420 + shape.context % 2, min(shape.batch, 2)
+        return replace(
+            case, shape=replace(shape, batch=batch, context=context, heads=share, kv_heads=1)
+        )
+
+    return small
+
+
+@pytest.fixture(scope="session")
+def tiny_row(tiny_case: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes a row of the bench one of tiny cases."""
+    return lambda row: replace(
+        row, cases=tuple(map(tiny_case, row.cases)), rival=row.rival and tiny_case(row.rival)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,25 +31,6 @@ from kvtune.cli import timings
 from kvtune.errors import UsageError
 
 CPU = torch.device("cpu")
-
-
-def tiny(case: Case) -> Case:
-    """The same formats, heads and evenness in a cache of a few hundred tokens."""
-    shape = case.shape
-    share = shape.heads // shape.kv_heads
-    small = replace(
-        shape,
-        batch=min(shape.batch, 2),
-        context=420 + shape.context % 2,
-        heads=share,
-        kv_heads=1,
-    )
-    return replace(case, shape=small)
-
-
-def tiny_row(row: Row) -> Row:
-    rival = tiny(row.rival) if row.rival else None
-    return replace(row, cases=tuple(map(tiny, row.cases)), rival=rival)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +98,9 @@ def test_the_odd_row_has_every_shape_of_the_issue() -> None:
 
 
 @pytest.mark.parametrize("row", ACCEPTANCE, ids=lambda row: f"{row.number}-{row.name}")
-def test_every_row_runs_on_a_cpu_and_measures_what_it_is_judged_by(row: Row, lab: Lab) -> None:
+def test_every_row_runs_on_a_cpu_and_measures_what_it_is_judged_by(
+    row: Row, lab: Lab, tiny_row: Any
+) -> None:
     (found,) = judge(lab, [tiny_row(row)])
     assert not found.failed
     assert {goal.what for goal in row.goals} <= found.measured.keys()
@@ -125,24 +109,26 @@ def test_every_row_runs_on_a_cpu_and_measures_what_it_is_judged_by(row: Row, lab
     assert timings.verdict(found) and timings.goals(row.goals)
 
 
-@pytest.mark.parametrize("small", dict.fromkeys(map(tiny, rows(8) + rows(9))), ids=lambda c: c.name)
-def test_attention_to_a_random_store_is_as_exact_as_flash(small: Case, lab: Lab) -> None:
-    timing = lab.attention(small)
+@pytest.mark.parametrize("large", dict.fromkeys(rows(8) + rows(9)), ids=lambda large: large.name)
+def test_attention_to_a_random_store_is_as_exact_as_flash(
+    large: Case, lab: Lab, tiny_case: Any
+) -> None:
+    timing = lab.attention(tiny_case(large))
     assert 0 < timing.error < 0.01 and 0 < timing.dense_error < 0.01
     assert timing.error_ratio < 2
     assert timing.table()["ratio"] == timing.dense_microseconds / timing.microseconds
 
 
-def test_a_random_store_has_values_of_about_one_in_every_format() -> None:
+def test_a_random_store_has_values_of_about_one_in_every_format(tiny_case: Any) -> None:
     for case in dict.fromkeys(rows(8)):
-        keys, values = Store.random(tiny(case), CPU).dense(0)
+        keys, values = Store.random(tiny_case(case), CPU).dense(0)
         for side in (keys, values):
-            assert side.shape[2] == tiny(case).shape.context
+            assert side.shape[2] == tiny_case(case).shape.context
             assert 0.8 < side.std() < 1.2 and abs(side.mean()) < 0.1
 
 
-def test_a_wrong_answer_has_a_large_error() -> None:
-    store = Store.random(tiny(pair(4, 128, LONG)), CPU)
+def test_a_wrong_answer_has_a_large_error(tiny_case: Any) -> None:
+    store = Store.random(tiny_case(pair(4, 128, LONG)), CPU)
     out = store.attend(Workspace())
     assert errors(store, out)[0] < 0.01 < 0.5 < errors(store, out.roll(1, 1))[0]
 
@@ -152,8 +138,9 @@ def test_a_ragged_batch_grows_to_the_context() -> None:
     assert Shape(2, 1000).lengths() == [1000, 1000]
 
 
-@pytest.mark.parametrize("small", [tiny(case) for case in dict.fromkeys(rows(8) + rows(9))])
-def test_the_byte_floor_is_what_the_store_holds(small: Case) -> None:
+@pytest.mark.parametrize("large", dict.fromkeys(rows(8) + rows(9)), ids=lambda large: large.name)
+def test_the_byte_floor_is_what_the_store_holds(large: Case, tiny_case: Any) -> None:
+    small = tiny_case(large)
     store, held = Store.random(small, CPU), 0
     for row, (length, paged) in enumerate(zip(small.shape.lengths(), small.paged(), strict=True)):
         for side in (store.keys, store.values):

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtune.bench.cases import (
-    ACCEPTANCE,
-    Case,
-    Row,
-)
+from kvtune.bench.cases import ACCEPTANCE
 from kvtune.bench.kernels import Lab, check_device
 from kvtune.errors import UnsupportedError
 
@@ -37,25 +32,6 @@ def load_tiny() -> ModuleType:
 
 TINY = load_tiny()
 kv = TINY.kv
-
-
-def tiny(case: Case) -> Case:
-    """The same formats, heads and evenness in a cache of a few hundred tokens."""
-    shape = case.shape
-    share = shape.heads // shape.kv_heads
-    small = replace(
-        shape,
-        batch=min(shape.batch, 2),
-        context=420 + shape.context % 2,
-        heads=share,
-        kv_heads=1,
-    )
-    return replace(case, shape=small)
-
-
-def tiny_row(row: Row) -> Row:
-    rival = tiny(row.rival) if row.rival else None
-    return replace(row, cases=tuple(map(tiny, row.cases)), rival=rival)
 
 
 @pytest.fixture
@@ -124,7 +100,7 @@ def test_decode_times_both_caches_of_a_saved_model(kv: Any, tmp_path: Path) -> N
 
 
 def test_kernels_are_told_in_tables_and_json(
-    kv: Any, monkeypatch: pytest.MonkeyPatch, home: Path
+    kv: Any, monkeypatch: pytest.MonkeyPatch, home: Path, tiny_row: Any
 ) -> None:
     monkeypatch.setattr("kvtune.bench.kernels.check_device", lambda: CPU)
     monkeypatch.setattr(

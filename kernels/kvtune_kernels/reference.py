@@ -256,20 +256,11 @@ def attend_packed(
     otherwise; `state` as in `append`. Returns [B, Hq, M, D].
     """
     count, device = query.shape[2], query.device
-    ring = exact.keys.shape[2] - window.sinks
     rows = []
     for b, (seen, start, paged) in enumerate(state.T.tolist()):
         sinks = min(seen, window.sinks)
         tokens = torch.arange(start, seen - sinks, device=device)
-        slots = window.sinks + (tokens - exact.shift) % ring
-        sides = []
-        for packed, held, is_keys in (
-            (keys, exact.keys, True),
-            (values, exact.values, False),
-        ):
-            pages = decode(cut(packed, paged, b), is_keys, torch.float32)
-            held = held[b : b + 1].float()
-            sides.append(torch.cat([held[:, :, :sinks], pages, held[:, :, slots]], 2))
+        sides = dense_row(keys, values, exact, state, window, b)
         position = torch.arange(seen - count, seen, device=device)[:, None]
         due = (position - window.sinks - window.recent).clamp_min(0) // window.block * window.block
         due = due.clamp_min(start).clamp_max(paged)
@@ -283,6 +274,23 @@ def attend_packed(
         )
         rows.append(attend(query[b : b + 1].float(), *sides, mask, scale, softcap))
     return torch.cat(rows).to(query.dtype)
+
+
+def dense_row(
+    keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window, row: int
+) -> tuple[Tensor, Tensor]:
+    """All keys and values [1, H, T, D] of a row, in fp32: sinks, pages, and exact tokens from the
+    first one that a query may not read from its page; `state` as in `append`."""
+    seen, start, paged = state[:, row].tolist()
+    sinks, ring = min(seen, window.sinks), exact.keys.shape[2] - window.sinks
+    tokens = torch.arange(start, seen - sinks, device=state.device)
+    slots = window.sinks + (tokens - exact.shift) % ring
+    sides = []
+    for packed, held, is_keys in ((keys, exact.keys, True), (values, exact.values, False)):
+        pages = decode(cut(packed, paged, row), is_keys, torch.float32)
+        own = held[row : row + 1].float()
+        sides.append(torch.cat([own[:, :, :sinks], pages, own[:, :, slots]], 2))
+    return sides[0], sides[1]
 
 
 def cut(packed: Packed, tokens: int, row: int | None = None) -> Packed:

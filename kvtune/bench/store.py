@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from kvtune_kernels import Exact, Format, Packed, Workspace, attend, attend_packed, decode
-from kvtune_kernels.reference import cut
+from kvtune_kernels import Exact, Format, Packed, Workspace, attend, attend_packed
+from kvtune_kernels.reference import dense_row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,19 +66,8 @@ class Store:
 
     def dense(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, H, T, D] of a row, dequantised in fp32."""
-        seen, _, paged = self.state[:, row].tolist()
-        sinks, ring = self.case.window.sinks, self.case.window.ring
-        tokens = torch.arange(paged, seen - sinks, device=self.state.device)
-        slots = sinks + (tokens - self.exact.shift) % ring
-        sides = []
-        for side, held, is_keys in (
-            (self.keys, self.exact.keys, True),
-            (self.values, self.exact.values, False),
-        ):
-            pages = decode(cut(side, paged, row), is_keys, torch.float32)
-            own = held[row : row + 1].float()
-            sides.append(torch.cat([own[:, :, :sinks], pages, own[:, :, slots]], 2))
-        return sides[0], sides[1]
+        window = self.case.window
+        return dense_row(self.keys, self.values, self.exact, self.state, window, row)
 
 
 def packed(format: Format, size: tuple[int, int, int, int], device: torch.device) -> Packed:
