@@ -14,10 +14,11 @@ _HOMES = {
     "load": "cache",
     "Sizes": "bank",
     "calibrate": "calibrate",
-    "Goal": "layout",
+    "Bounds": "goal",
+    "Goal": "goal",
     "Limits": "search",
     "Search": "search",
-    "Settings": "tune",
+    "Settings": "publish",
     "Tuner": "tune",
     "tune": "tune",
 }

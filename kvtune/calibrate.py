@@ -19,7 +19,7 @@ from kvtune.moments import Moments, attention_mass
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy, Recipe
 from kvtune.rope import Rope
-from kvtune.space import SIDES, Opened, opened
+from kvtune.space import SIDES, Choices, opened
 from kvtune.texts import Document, digest
 
 Say = Callable[[str, int, int], None]  # stage, done, total
@@ -48,7 +48,7 @@ def calibrate(
         MissingInputError: too little text.
         UsageError: nothing opened, or a context beyond the model's positions.
     """
-    choices = opened(template, facts(model.config))
+    windows = opened(template, facts(model.config))
     tokens = text_tokens(documents, tokenizer, sizes, "calibrate")
     known_ropes = find_ropes(model)
     moments = Moments(known_ropes)
@@ -57,14 +57,14 @@ def calibrate(
     say("dense pass", 1, 1)
     bench = Bench(model, bank, known_ropes)
     tensors = {**moments.tensors(), **attention_mass(bank)}
-    cells = price_cells(choices)
+    cells = price_cells(windows)
     began = time.perf_counter()
     priced = prices.table(
         bench, _places(cells), prices.pulls(model, bank, seed), _stage(say, "pricing")
     )
     seconds = {"price": time.perf_counter() - began}
     tensors |= {"prices": priced[:, 0], "prices_by_head": priced[:, 1:]}
-    tensors["errors"] = _errors(bench, choices, say)
+    tensors["errors"] = _errors(bench, next(iter(windows.values())), say)
     if exact:
         began = time.perf_counter()
         tensors["exact"] = prices.exact(bench, _places(cells), _stage(say, "exact"))
@@ -91,14 +91,16 @@ def find_ropes(model: Any) -> dict[int, Rope]:
         return {}
 
 
-def price_cells(choices: dict[int, Opened]) -> list[tuple[Cell, Policy]]:
-    """All cells of the price table: every layer, side and setting."""
-    return [
-        (Cell(layer, side, setting(chain), own.sinks, own.recent), own.cell(side, chain))
+def price_cells(windows: dict[str, Choices]) -> list[tuple[Cell, Policy]]:
+    """All cells of the price table: every layer, side and setting, under every window."""
+    cells = {
+        Cell(layer, side, setting(chain), own.sinks, own.recent): own.cell(side, chain)
+        for choices in windows.values()
         for layer, own in choices.items()
         for side in SIDES
         for chain in own.chains(side)
-    ]
+    }
+    return list(cells.items())
 
 
 def _places(cells: list[tuple[Cell, Policy]]) -> list[tuple[int, Policy]]:
@@ -109,7 +111,7 @@ def _stage(say: Say, stage: str) -> prices.Progress:
     return lambda done, total: say(stage, done, total)
 
 
-def _errors(bench: Bench, choices: dict[int, Opened], say: Say) -> Tensor:
+def _errors(bench: Bench, choices: Choices, say: Say) -> Tensor:
     rows = []
     for layer, own in choices.items():
         rows.append(distortions(bench, layer, own))
@@ -124,10 +126,10 @@ def spearman(left: Tensor, right: Tensor) -> float:
     return float(spearmanr(left.double().numpy(), right.double().numpy()).statistic)
 
 
-def missing_cells(profile: Profile, choices: dict[int, Opened]) -> list[tuple[Cell, Policy]]:
+def missing_cells(profile: Profile, windows: dict[str, Choices]) -> list[tuple[Cell, Policy]]:
     """The cells that a template opens and the profile has no price for."""
     known = set(profile.cells)
-    return [pair for pair in price_cells(choices) if pair[0] not in known]
+    return [pair for pair in price_cells(windows) if pair[0] not in known]
 
 
 def priced_further(

@@ -7,30 +7,52 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from kvtune.cache import weigh
-from kvtune.layout import NEGLIGIBLE, Layout
+from kvtune.cache import Weight, weigh
+from kvtune.halving import dominates
+from kvtune.layout import NEGLIGIBLE, Base, Layout
 from kvtune.measure import Bench
 from kvtune.prove import Proof
 from kvtune.recipe import Policy
+from kvtune.speed import Speed
 from kvtune.study import Row, front
-from kvtune.surrogate import Assignment
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration on held-out text: true bytes, and mean KL in nats over all its positions."""
+    """A configuration on held-out text: true bytes, mean KL in nats over all its positions, and
+    microseconds of attention per decoded token where a latency table is at hand."""
 
     origin: str
     policies: tuple[Policy, ...]
     bytes: int
     kl: float
+    latency: float | None = None
 
     @property
     def is_uniform(self) -> bool:
         """True for a recipe that treats all layers alike."""
         return self.origin.startswith("uniform")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """What is compared: all are better when smaller."""
+        return (
+            (self.bytes, self.kl) if self.latency is None else (self.bytes, self.kl, self.latency)
+        )
+
+    def table(self, weight: Weight) -> dict[str, Any]:
+        """Plain values; the ratio and bits are those of its bytes."""
+        return {
+            "origin": self.origin,
+            "uniform": self.is_uniform,
+            "bytes": self.bytes,
+            "bits": weight.bits,
+            "ratio": weight.ratio,
+            "kl": self.kl,
+            "latency": self.latency,
+        }
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,7 @@ class Point:
     origin: str
     held_out_kl: float  # on all continuation positions of the proof text, from the bank
     best_uniform_kl: float | None  # the least of any measured uniform recipe at no more bytes
+    latency: float | None  # microseconds of attention per decoded token, all layers
     proof: Proof
 
     def table(self) -> dict[str, Any]:
@@ -50,19 +73,22 @@ class Point:
         return {**own, **self.proof.table()}
 
 
-def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Assignment]]:
+def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Base]]:
     """All uniform rivals, and an even choice of the study's front, each with its origin."""
     found = [row for row in front(rows) if not row.origin.startswith("uniform")]
     chosen = evenly(found, [row.attrs["bits"] for row in found], most)
-    tuned = [(row.origin, layout.assignment(row.choice)) for row in chosen]
+    tuned = [(row.origin, layout.base(row.choice)) for row in chosen]
     return [*layout.rivals.items(), *tuned]
 
 
-def held_out(bench: Bench, layout: Layout, origin: str, chosen: Assignment) -> Candidate:
-    """Measures an assignment on another text."""
-    policies = layout.policies(chosen)
+def held_out(
+    bench: Bench, layout: Layout, origin: str, base: Base, speed: Speed | None = None
+) -> Candidate:
+    """Measures a configuration on another text."""
+    policies = layout.policies(base)
     weight = weigh(policies, layout.known, layout.goal.context, layout.goal.batch)
-    return Candidate(origin, policies, weight.bytes, bench.measure(policies).means()["kl"])
+    latency = speed.recipe(policies) if speed else None
+    return Candidate(origin, policies, weight.bytes, bench.measure(policies).means()["kl"], latency)
 
 
 def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
@@ -70,16 +96,9 @@ def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
 
     Of those with a negligible KL only the smallest is kept.
     """
-    best = [
-        own
-        for own in measured
-        if not any(
-            (other.bytes <= own.bytes and other.kl < own.kl)
-            or (other.bytes < own.bytes and other.kl <= own.kl)
-            for other in measured
-        )
-    ]
-    best.sort(key=lambda candidate: -candidate.bytes)
+    best = [own for own in measured if not any(dominates(x.values, own.values) for x in measured)]
+    best = list({own.values: own for own in reversed(best)}.values())  # equals once, the first
+    best.sort(key=lambda candidate: (-candidate.bytes, candidate.kl))
     while len(best) > 1 and best[1].kl < NEGLIGIBLE:
         del best[0]
     return evenly(best, [candidate.bytes for candidate in best], most)

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-STATES = 1 << 20  # past this many distinct sums sizes are rounded up to a common unit
+STATES = 1 << 18  # past this many distinct sums sizes are rounded up to a common unit
 
-Item = tuple[int, float]  # size in bytes, price
+Item = tuple[int, float]  # size, price
+
+
+def unit_of(groups: Sequence[Sequence[Item]]) -> int:
+    """The unit that sizes are counted in: their common divisor, or more where sums are too many."""
+    most = sum(max(size for size, _ in group) for group in groups)
+    common = math.gcd(*(size for group in groups for size, _ in group))
+    return max(common, math.ceil(most / STATES), 1)
 
 
 class Knapsack:
@@ -19,29 +26,27 @@ class Knapsack:
     and is exact where a solver in floating point stops at its tolerances.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Item]]) -> None:
-        self._least = sum(min(size for size, _ in group) for group in groups)
-        most = sum(max(size for size, _ in group) for group in groups)
-        common = math.gcd(*(size for group in groups for size, _ in group))
-        self._unit = max(common, math.ceil(most / STATES))
-        self._sizes = [[math.ceil(size / self._unit) for size, _ in group] for group in groups]
+    def __init__(self, groups: Sequence[Sequence[Item]], unit: int = 0) -> None:
+        self.unit = unit or unit_of(groups)
+        self._sizes = [[math.ceil(size / self.unit) for size, _ in group] for group in groups]
+        self.least = sum(min(sizes) for sizes in self._sizes)
         top = sum(max(sizes) for sizes in self._sizes)
         best = np.zeros(top + 1)
         self._picks: list[np.ndarray] = []
         for sizes, group in zip(self._sizes, groups, strict=True):
             best, pick = _joined(best, sizes, [price for _, price in group])
             self._picks.append(pick)
+        self.prices = best  # by budget in units; infinite below `least`
 
     def solve(self, budget: int) -> list[int]:
-        """Returns the index of the chosen item of each group.
+        """Returns the index of the chosen item of each group; the budget counts in units.
 
         Raises:
             ValueError: the smallest items exceed the budget.
         """
-        if budget < self._least:
-            raise ValueError(f"budget {budget} is below the smallest sum {self._least}")
-        smallest = sum(min(sizes) for sizes in self._sizes)
-        left = min(max(budget // self._unit, smallest), len(self._picks[0]) - 1)
+        if budget < self.least:
+            raise ValueError(f"budget {budget} is below the smallest sum {self.least}")
+        left = min(budget, len(self.prices) - 1)
         chosen = []
         for sizes, pick in zip(reversed(self._sizes), reversed(self._picks), strict=True):
             chosen.append(int(pick[left]))

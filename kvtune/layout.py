@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import NamedTuple, TypeVar
 
-from kvtune.errors import UsageError, suggest
+from kvtune.budgets import Budgets, by_bytes, by_time
+from kvtune.clusters import clusters
+from kvtune.errors import UsageError
+from kvtune.goal import Goal
 from kvtune.models import Facts
 from kvtune.parts import Chain
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
-from kvtune.space import SIDES, Opened, Side
-from kvtune.surrogate import Assignment, Surrogate
+from kvtune.space import SIDES, Choices, Opened, Side
+from kvtune.surrogate import Assignment, Place, Prediction, Surrogate
 
 T = TypeVar("T")
-OBJECTIVES = ("memory", "accuracy")
 START = "start"
 NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothing
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
+FINE = 64  # budgets of a surrogate front; a search measures `goal.budgets` of them, then the rest
+PAYS = 0.95  # heads differ where that lowers the predicted KL at least to this part of it
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a search is for: objectives, and the context length and batch that bytes are for."""
+class Base(NamedTuple):
+    """A point to start from: a window (a key of `opened`) and what each place does under it."""
 
-    objectives: tuple[str, ...] = OBJECTIVES
-    context: int = 32768
-    batch: int = 1
-    budgets: int = 18  # points of the surrogate front
-    rivals: int = 12  # uniform recipes that meet it on held-out text; a third is searched too
-    clusters: int = 4  # per side
+    window: str
+    chosen: Assignment
 
-    @classmethod
-    def parse(cls, objectives: str, context: int, batch: int) -> Goal:
-        """Reads `memory,accuracy`; UsageError for anything else."""
-        wanted = tuple(word.strip() for word in objectives.split(","))
-        for word in wanted:
-            if word not in OBJECTIVES:
-                raise UsageError(f"There is no objective {word!r}.", suggest(word, OBJECTIVES))
-        if len(set(wanted)) != len(wanted) or len(wanted) < 2:
-            hint = "Give memory,accuracy: a front needs both, each once."
-            raise UsageError(f"--objective {objectives} makes no front.", hint)
-        return cls(wanted, context, batch)
+
+class View(NamedTuple):
+    """The search under one window: what layers may be, and what is predicted of it."""
+
+    choices: Choices
+    whole: Surrogate
+    by_head: Surrogate | None  # where a layer lets its kv heads differ
 
 
 class Layout:
@@ -50,79 +45,183 @@ class Layout:
 
     A configuration is one of these starts, with some clusters of layers moved a rung along their
     ladders. So the sampler explores around a front that is already good.
+
+    Raises:
+        UsageError: no recipe keeps to the limits on bytes and time.
     """
 
     def __init__(
-        self, surrogate: Surrogate, choices: Mapping[int, Opened], known: Facts, goal: Goal
+        self,
+        views: Mapping[str, View],
+        known: Facts,
+        goal: Goal,
+        fits: Callable[[tuple[Policy, ...]], bool],
     ) -> None:
-        self.surrogate, self.choices, self.known, self.goal = surrogate, choices, known, goal
-        self.clusters = surrogate.clusters(goal.clusters)
+        self.views, self.known, self.goal = views, known, goal
+        self.clusters = clusters(next(iter(views.values())).whole, goal.clusters)
         self.rivals = self._rivals()
         searched = spread(list(self.rivals), max(2, goal.rivals // 3))
         some = {name: self.rivals[name] for name in searched}
-        self.bases = _distinct({**some, **self._protected(some), **self._fronts()})
+        first, more = self._fronts()
+        named = _distinct({**some, **self._protected(some), **first})
+        fitting = {name: base for name, base in named.items() if fits(self.policies(base))}
+        finer = {name: base for name, base in more.items() if fits(self.policies(base))}
+        self.bases = _distinct({**fitting, **finer})
+        self.essential = len(fitting)  # starts that every search measures
+        if not self.bases:
+            limits = ", ".join(f"{name} {limit:g}" for name, limit in goal.bounds.table().items())
+            raise UsageError(f"No recipe of this template keeps to {limits}.", "Loosen a limit.")
         moves = {name: tuple(STEPS) for name in self.clusters}
         still = dict.fromkeys(self.clusters, "same")
         self.space = Space({START: tuple(self.bases), **moves})
         self.starts = [Seeded(name, {START: name, **still}) for name in self.bases]
 
-    def assignment(self, choice: Choice) -> Assignment:
-        """The settings that a configuration stands for."""
-        chosen = self.bases[choice[START]]
+    def base(self, choice: Choice) -> Base:
+        """The window and settings that a configuration stands for."""
+        window, chosen = self.bases[choice[START]]
+        surrogate = self._surrogate(window, chosen)
         for name, places in self.clusters.items():
             if steps := STEPS[choice[name]]:
-                chosen = self.surrogate.moved(chosen, places, steps)
-        return chosen
+                chosen = surrogate.moved(chosen, places, steps)
+        return Base(window, chosen)
 
-    def policies(self, chosen: Assignment) -> tuple[Policy, ...]:
+    def is_start(self, choice: Choice) -> bool:
+        """Whether nothing is moved."""
+        return all(choice[name] == "same" for name in self.clusters)
+
+    def policies(self, base: Base) -> tuple[Policy, ...]:
         """One policy per layer."""
-        return tuple(
-            self.choices[i].policy(chosen[i, "keys"], chosen[i, "values"])
-            if i in self.choices
-            else Policy()
-            for i in range(len(self.known.layers))
-        )
+        choices = self.views[base.window].choices
+        found = {
+            layer: _policy(choices[layer], dict(places))
+            for layer, places in groupby(
+                sorted(base.chosen.items(), key=_place), key=lambda item: item[0].layer
+            )
+        }
+        return tuple(found.get(i, Policy()) for i in range(len(self.known.layers)))
 
-    def _fronts(self) -> dict[str, Assignment]:
-        found: dict[str, Assignment] = {}
-        for index, budget in enumerate(self.surrogate.budgets(self.goal.budgets)):
-            found[f"knapsack {index:02}"] = chosen = self.surrogate.cheapest(budget)
-            if self.surrogate.predict(chosen)[1] < NEGLIGIBLE:
-                break
+    def predict(self, base: Base) -> Prediction:
+        """What the price table says of it."""
+        return self._surrogate(*base).predict(base.chosen)
+
+    def _surrogate(self, window: str, chosen: Assignment) -> Surrogate:
+        view = self.views[window]
+        if view.by_head is None or next(iter(chosen)) in view.whole.rungs:
+            return view.whole
+        return view.by_head
+
+    def _fronts(self) -> tuple[dict[str, Base], dict[str, Base]]:
+        """The predicted fronts: an even choice of each that is always measured, and the rest."""
+        found = {"knapsack": self._front("memory")}
+        if self.goal.timed:
+            found["fast"] = self._front("latency")
+        if any(view.by_head for view in self.views.values()):
+            found["heads"] = self._paying(found["knapsack"])
+        first: dict[str, Base] = {}
+        more: dict[str, Base] = {}
+        for kind, bases in found.items():
+            count = self.goal.budgets if kind == "knapsack" else self.goal.budgets // 2
+            coarse = spread(list(range(len(bases))), count)
+            rest = [i for i in bisected(len(bases)) if i not in coarse]
+            first |= {f"{kind} {i:02}": bases[i] for i in coarse}
+            more |= {f"{kind} {i:02}": bases[i] for i in rest}
+        return first, more
+
+    def _front(self, over: str) -> list[Base]:
+        """What nothing is predicted to beat, over all windows, from the smallest on."""
+        size, axis = (by_time, "time") if over == "latency" else (by_bytes, "bytes")
+        every: list[tuple[float, float, Base]] = []
+        for window, view in self.views.items():
+            solver = Budgets(view.whole, size)
+            for budget in solver.spread(FINE, high=self._most(over)):
+                base = Base(window, solver.best(budget))
+                said = view.whole.predict(base.chosen)
+                every.append((getattr(said, axis), said.kl, base))
+        kept: list[Base] = []
+        least = float("inf")
+        for _, kl, base in sorted(every, key=lambda item: item[:2]):
+            if kl < least and least > NEGLIGIBLE:
+                kept.append(base)
+                least = kl
+        return kept
+
+    def _most(self, over: str) -> float:
+        """The largest budget that the limits leave, in the units of the solver."""
+        bounds = self.goal.bounds
+        limit = bounds.max_bytes if over == "memory" else bounds.max_latency
+        if limit is None:
+            return float("inf")
+        return limit / self.goal.batch if over == "memory" else 10 * limit
+
+    def _paying(self, whole: list[Base]) -> list[Base]:
+        """Heads apart at the bytes of each point of a front, where that is predicted to pay."""
+        apart = {w: view.by_head for w, view in self.views.items() if view.by_head}
+        solvers = {window: Budgets(by_head) for window, by_head in apart.items()}
+        found = []
+        for window, chosen in whole:
+            if window in apart:
+                size, kl, _ = self.views[window].whole.predict(chosen)
+                split = solvers[window].best(max(size, solvers[window].range[0]))
+                if apart[window].predict(split).kl <= PAYS * kl:
+                    found.append(Base(window, split))
         return found
 
-    def _rivals(self) -> dict[str, Assignment]:
+    def _rivals(self) -> dict[str, Base]:
         """Uniform recipes on their own predicted front: what a user would try by hand."""
-        every = uniforms(self.choices)
+        every = {
+            name: base for window in self.views for name, base in self._uniforms(window).items()
+        }
         kept: list[str] = []
         best = float("inf")
-        predicted = ((*self.surrogate.predict(chosen), name) for name, chosen in every.items())
+        predicted = [(*self.predict(base)[:2], name) for name, base in every.items()]
         for _, kl, name in sorted(predicted):
             if kl < best and best > NEGLIGIBLE:
                 kept.append(name)
                 best = kl
         return {name: every[name] for name in spread(kept, self.goal.rivals)}
 
-    def _protected(self, some: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    def _uniforms(self, window: str) -> dict[str, Base]:
+        suffix = f" | {window}" if window else ""
+        found = uniforms(self.views[window].choices)
+        return {f"{name}{suffix}": Base(window, chosen) for name, chosen in found.items()}
+
+    def _protected(self, some: Mapping[str, Base]) -> dict[str, Base]:
         """The rule of thumb: a middling uniform recipe, first and last two layers at their best."""
         named = list(some.items())
-        layers = sorted(self.choices)
-        ends = {*layers[:2], *layers[-2:]}
         found = {}
-        for name, uniform in named[len(named) // 3 : len(named) // 3 + 1]:
-            ladders = self.surrogate.ladders
-            safe = {place: ladders[place][-1].chain for place in uniform if place[0] in ends}
-            found[f"ends protected, {name}"] = {**uniform, **safe}
+        for name, (window, uniform) in named[len(named) // 3 : len(named) // 3 + 1]:
+            view = self.views[window]
+            layers = sorted(view.choices)
+            ends = {*layers[:2], *layers[-2:]}
+            ladders = view.whole.ladders
+            safe = {place: ladders[place][-1].chain for place in uniform if place.layer in ends}
+            found[f"ends protected, {name}"] = Base(window, {**uniform, **safe})
         return found
 
 
-def uniforms(choices: Mapping[int, Opened]) -> dict[str, Assignment]:
+def _place(item: tuple[Place, Chain]) -> tuple[int, str, int]:
+    place = item[0]
+    return place.layer, place.side, -1 if place.head is None else place.head
+
+
+def _policy(own: Opened, places: Mapping[Place, Chain]) -> Policy:
+    """A layer's policy; heads of equal settings are grouped."""
+    sides: dict[Side, dict[int | None, Chain]] = {side: {} for side in SIDES}
+    for place, chain in places.items():
+        sides[place.side][place.head] = chain
+    if None in sides["keys"]:
+        return own.policy(sides["keys"][None], sides["values"][None])
+    heads = [(sides["keys"][h], sides["values"][h]) for h in range(len(sides["keys"]))]
+    return own.policy_by_head(heads)
+
+
+def uniforms(choices: Choices) -> dict[str, Assignment]:
     """All recipes that treat every layer alike: each pair of settings that all layers open."""
     keys, values = (shared(choices, side) for side in SIDES)
     return {f"uniform {k} | {v}": _everywhere(choices, k, v) for k in keys for v in values}
 
 
-def shared(choices: Mapping[int, Opened], side: Side) -> list[Chain]:
+def shared(choices: Choices, side: Side) -> list[Chain]:
     """The settings that every layer opens, in the first layer's order."""
     layers = list(choices.values())
     rest = [set(own.chains(side)) for own in layers[1:]]
@@ -136,15 +235,27 @@ def spread(items: list[T], most: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _everywhere(choices: Mapping[int, Opened], keys: Chain, values: Chain) -> Assignment:
-    chains = {"keys": keys, "values": values}
-    return {(layer, side): chains[side] for layer in choices for side in SIDES}
+def bisected(count: int) -> list[int]:
+    """0 to count - 1 so ordered that every beginning is spread evenly: ends, middle, quarters."""
+    order, gaps = [0, count - 1], [(0, count - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(i for i in order if 0 <= i < count))
 
 
-def _distinct(bases: Mapping[str, Assignment]) -> dict[str, Assignment]:
-    """Each assignment once, under its first name."""
-    found: dict[str, Assignment] = {}
-    for name, chosen in bases.items():
-        if chosen not in found.values():
-            found[name] = chosen
+def _everywhere(choices: Choices, keys: Chain, values: Chain) -> Assignment:
+    chains: dict[Side, Chain] = {"keys": keys, "values": values}
+    return {Place(layer, side): chains[side] for layer in choices for side in SIDES}
+
+
+def _distinct(bases: Mapping[str, Base]) -> dict[str, Base]:
+    """Each point once, under its first name."""
+    found: dict[str, Base] = {}
+    for name, base in bases.items():
+        if base not in found.values():
+            found[name] = base
     return found

@@ -37,6 +37,11 @@ class Quality:
             name: float(getattr(self, name).double().mean()) for name in ("kl", "flips", "dnll")
         }
 
+    @classmethod
+    def joined(cls, parts: Sequence[Quality]) -> Quality:
+        """Sequences measured apart, in their order."""
+        return cls(*(torch.cat(column) for column in zip(*map(_columns, parts), strict=True)))
+
 
 def compare(dense: Tensor | Sequence[Tensor], logits: Tensor, targets: Tensor) -> Quality:
     """Compares dense log-probabilities [N, M, V] with logits
@@ -66,8 +71,11 @@ class Bench:
         self._memo: OrderedDict[tuple[int, Policy], CompressedLayer] = OrderedDict()
         self._held = 0
 
-    def measure(self, policies: tuple[Policy, ...], memo: bool = True) -> Quality:
-        """Runs the continuation teacher-forced in one forward on contexts stored under policies.
+    def measure(
+        self, policies: tuple[Policy, ...], memo: bool = True, rows: range | None = None
+    ) -> Quality:
+        """Runs the continuation teacher-forced in one forward on contexts stored under policies:
+        of all sequences, or of some.
 
         Without `memo` nothing is kept for a later call: right for policies that come only once.
         When memory runs out the sequences are halved.
@@ -75,7 +83,7 @@ class Bench:
         Raises:
             ResourceError: one sequence alone does not fit.
         """
-        return self._measured(policies, list(range(self.bank.tokens.shape[0])), memo)
+        return self._measured(policies, list(rows or range(self.bank.tokens.shape[0])), memo)
 
     def _measured(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> Quality:
         try:
@@ -86,7 +94,7 @@ class Bench:
                 raise ResourceError("One sequence does not fit into memory.", hint) from None
         half = len(rows) // 2  # out here the failed forward's tensors are free again
         parts = [self._measured(policies, part, memo) for part in (rows[:half], rows[half:])]
-        return Quality(*(torch.cat(column) for column in zip(*map(_columns, parts), strict=True)))
+        return Quality.joined(parts)
 
     @torch.no_grad()
     def _forward(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> Quality:

@@ -47,6 +47,16 @@ class Profile:
         """KL in nats of each cell."""
         return dict(zip(self.cells, self.tensors["prices"].tolist(), strict=True))
 
+    def prices_by_head(self) -> dict[Cell, tuple[float, ...]]:
+        """KL in nats of each cell's kv heads, scaled so that they add up to the cell's.
+
+        Heads alone leave out what their errors do together, so that their plain sum differs.
+        """
+        split = self.tensors["prices_by_head"].double()
+        part = split / split.sum(1, keepdim=True).clamp_min(1e-30)
+        rows = (part * self.tensors["prices"].double()[:, None]).tolist()
+        return {cell: tuple(row) for cell, row in zip(self.cells, rows, strict=True)}
+
     def save(self, path: Path) -> str:
         """Writes the file atomically; returns its sha256."""
         cells = [

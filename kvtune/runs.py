@@ -4,19 +4,26 @@ the chosen recipe, written so that a kill leaves no half."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvtune.errors import IntegrityError
 from kvtune.files import canonical_json, sha256_bytes, write_atomic
 
-PROFILE, STUDY, FRONT, CHOSEN, SUMMARY = (
-    "profile.safetensors",
-    "study.db",
-    "front",
-    "chosen",
-    "tune.json",
+PROFILE, STUDY, TRIALS = "profile.safetensors", "study.db", "trials.json"
+FRONT, CHOSEN, SUMMARY = "front", "chosen", "tune.json"
+MEASURED = (
+    "bytes",
+    "bits",
+    "ratio",
+    "kl",
+    "flips",
+    "dnll",
+    "latency",
+    "predicted",
+    "few_kl",
+    "error",
 )
 
 
@@ -29,6 +36,32 @@ def write_summary(folder: Path, bound: str, summary: Mapping[str, Any]) -> None:
     """Writes what a finished run found; the last file of a run."""
     text = json.dumps({"binding": bound, **summary}, indent=1)
     write_atomic(folder / SUMMARY, text.encode())
+
+
+class Trial(Protocol):
+    """A row of a study, as it is written down."""
+
+    number: int
+    origin: str
+    state: str
+    memo_of: int | None
+    attrs: dict[str, float | str]
+
+
+def write_trials(folder: Path, objectives: Sequence[str], rows: Iterable[Trial]) -> None:
+    """Writes all rows of a study in plain words, predicted beside measured, wherever it lives."""
+    table = [
+        {
+            "number": row.number,
+            "origin": row.origin,
+            "state": row.state,
+            "memo_of": row.memo_of,
+            **{name: row.attrs.get(name) for name in MEASURED},
+        }
+        for row in rows
+    ]
+    text = json.dumps({"objectives": list(objectives), "rows": table}, indent=1)
+    write_atomic(folder / TRIALS, text.encode())
 
 
 def read_summary(folder: Path, bound: str) -> dict[str, Any] | None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from kvtune.cache import weigh
-from kvtune.errors import IntegrityError
-from kvtune.files import canonical_json, sha256_bytes, write_atomic
-from kvtune.layout import Goal, Layout, shared
-from kvtune.measure import Bench
+from kvtune.cache import Weight, weigh
+from kvtune.files import canonical_json, sha256_bytes
+from kvtune.goal import Goal
+from kvtune.growth import Growth, Reading
+from kvtune.halving import promoted
+from kvtune.layout import Base, Layout, View, shared
+from kvtune.measure import Bench, Quality
 from kvtune.parts import Chain
 from kvtune.profile import Profile
 from kvtune.recipe import Policy
-from kvtune.space import SIDES, Opened, Side
-from kvtune.study import Choice, Outcome, Row, fresh, run
-from kvtune.surrogate import Surrogate
+from kvtune.space import SIDES, Choices, Side
+from kvtune.speed import Speed
+from kvtune.study import Choice, Outcome, Row, fresh, run, shared_value
+from kvtune.surrogate import Place, Surrogate, surrogate
+from kvtune.table import Infeasible, Stopped
 
-STUDY, SCALES = "kvtune", "surrogate.json"
+STUDY, GROWTH = "kvtune", "growth"
+FEW = 4  # one sequence in so many is measured before the others
 
 
 @dataclass(frozen=True)
@@ -41,92 +44,152 @@ class Search:
         self,
         bench: Bench,
         profile: Profile,
-        choices: Mapping[int, Opened],
+        windows: dict[str, Choices],
         goal: Goal,
-        folder: Path,
+        limits: Limits,
+        speed: Speed | None = None,
     ) -> None:
-        """Rescales the price table by measured whole-model recipes; kept in the folder."""
-        self.bench, self.profile, self.choices, self.goal = bench, profile, choices, goal
-        scales = self._scales(folder / SCALES)
-        self.layout = Layout(self._surrogate(scales), choices, bench.bank.facts, goal)
-
-    def run(
-        self, limits: Limits, seed: int, on_trial: Callable[[Row, int], None] | None = None
-    ) -> list[Row]:
-        """Runs or resumes the study; returns all its rows. Every start is measured at least."""
+        """Measures how sums of prices grow into KLs; the study keeps that, and all its workers
+        take what the first of them found."""
+        self.bench, self.profile, self.goal, self.limits = bench, profile, goal, limits
+        self.speed, self.known = speed, bench.bank.facts
+        self._weights: dict[tuple[Policy, ...], Weight] = {}
         if limits.anew:
             fresh(limits.storage, STUDY)
+        plain = {name: self._view(own) for name, own in windows.items()}
+        held = shared_value(
+            limits.storage, STUDY, GROWTH, self._binding(), lambda: self._grown(plain)
+        )
+        self.growth = Growth.of_table(held)
+        views = {name: _grown(view, self.growth) for name, view in plain.items()}
+        self.layout = Layout(views, self.known, goal, self._fits)
+
+    def run(self, seed: int, on_trial: Callable[[Row, int], None] | None = None) -> list[Row]:
+        """Runs or resumes the study; returns all its rows. Every essential start is measured."""
         return run(
-            limits.storage,
+            self.limits.storage,
             STUDY,
             self.layout.space,
             self.layout.starts,
             self.evaluate,
             objectives=self.goal.objectives,
-            trials=max(limits.trials, len(self.layout.starts)),
+            trials=max(self.limits.trials, self.layout.essential),
             seed=seed,
-            seconds=limits.seconds,
-            resume=limits.resume,
+            seconds=self.limits.seconds,
+            resume=self.limits.resume or self.limits.anew,
             context=self._binding(),
             on_trial=on_trial,
         )
 
-    def evaluate(self, choice: Choice) -> Outcome:
-        """Measures one configuration: true bytes and mean KL on the search text."""
-        chosen = self.layout.assignment(choice)
-        policies = self.layout.policies(chosen)
-        means = self.bench.measure(policies).means()
-        weight = weigh(policies, self.bench.bank.facts, self.goal.context, self.goal.batch)
-        values = {"memory": float(weight.bytes), "accuracy": means["kl"]}
-        predicted = self.layout.surrogate.predict(chosen)[1]
-        notes = {"flips": means["flips"], "dnll": means["dnll"]}
-        attrs = {**notes, "bits": weight.bits, "predicted": predicted}
-        return Outcome(tuple(values[name] for name in self.goal.objectives), attrs)
+    def evaluate(self, choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
+        """Measures one configuration: bytes and time first, then KL on few sequences, then on all.
 
-    def _surrogate(self, scales: Mapping[Side, float]) -> Surrogate:
-        facts = self.bench.bank.facts
-        return Surrogate.of(self.choices, self.profile, facts, self.goal.context, scales)
-
-    def _scales(self, kept: Path) -> dict[Side, float]:
-        if kept.is_file():
-            try:
-                held = json.loads(kept.read_text())
-                if held["binding"] == self._binding():
-                    return {side: float(held["scales"][side]) for side in SIDES}
-            except (ValueError, KeyError, TypeError):
-                hint = f"Delete {kept} and run the command again."
-                raise IntegrityError(f"{kept} is damaged.", hint) from None
-        scales = self._measured_scales()
-        held = {"binding": self._binding(), "scales": scales}
-        write_atomic(kept, json.dumps(held).encode())
-        return scales
-
-    def _measured_scales(self) -> dict[Side, float]:
-        """How much the measured KL of a side exceeds its priced sum, over uniform recipes.
-
-        Errors of one kind compound over layers, so sums of prices are low by a steady factor.
+        Raises:
+            Infeasible: it breaks a limit; without touching the model where the limit is on bytes
+                or time.
+            Stopped: it is among the worse half on few sequences. Starts are never stopped.
         """
-        plain = self._surrogate({})
-        return {side: self._scale(side, plain) for side in SIDES}
+        base = self.layout.base(choice)
+        policies = self.layout.policies(base)
+        attrs = self._analytic(base, policies)
+        excess = self.goal.bounds.excess(attrs)
+        if any(over > 0 for over in excess.values()):
+            raise Infeasible(attrs, excess)
+        quality = self._quality(choice, policies, attrs, rows)
+        attrs |= quality.means()
+        excess = self.goal.bounds.excess(attrs)
+        if any(over > 0 for over in excess.values()):
+            raise Infeasible(attrs, excess)
+        return Outcome(self._values(attrs, "kl"), attrs, excess)
 
-    def _scale(self, side: Side, plain: Surrogate) -> float:
-        factors = []
-        for chain in _probes(self.choices, side, plain):
-            measured = self.bench.measure(self._one_sided(side, chain)).means()["kl"]
-            rungs = [r for place, found in plain.rungs.items() if place[1] == side for r in found]
-            priced = sum(rung.price for rung in rungs if rung.chain == chain)
-            if measured > 0 and priced > 0:  # a context shorter than a block encodes nothing
-                factors.append(measured / priced)
-        return math.prod(factors) ** (1 / len(factors)) if factors else 1.0
+    def _analytic(self, base: Base, policies: tuple[Policy, ...]) -> dict[str, float]:
+        """What is known without the model, and what is predicted."""
+        weight = self._weight(policies)
+        predicted = self.layout.predict(base).kl
+        found = {"bytes": float(weight.bytes), "bits": weight.bits, "ratio": weight.ratio}
+        time = {"latency": self.speed.recipe(policies)} if self.speed else {}
+        return {**found, **time, "predicted": predicted}
 
-    def _one_sided(self, side: Side, chain: Chain) -> tuple[Policy, ...]:
-        layers = range(len(self.bench.bank.facts.layers))
-        found = {i: own.cell(side, chain) for i, own in self.choices.items()}
-        return tuple(found.get(i, Policy()) for i in layers)
+    def _quality(
+        self,
+        choice: Choice,
+        policies: tuple[Policy, ...],
+        attrs: dict[str, float],
+        rows: Sequence[Row],
+    ) -> Quality:
+        """Few sequences, then the others where the few are promising; notes the few's KL."""
+        total = self.bench.bank.tokens.shape[0]
+        few = max(1, total // FEW)
+        if self.layout.is_start(choice) or few == total:
+            whole = self.bench.measure(policies)
+            attrs["few_kl"] = float(whole.kl[:few].double().mean())
+            return whole
+        first = self.bench.measure(policies, rows=range(few))
+        attrs["few_kl"] = first.means()["kl"]
+        others = [self._values(row.attrs, "few_kl") for row in rows if "few_kl" in row.attrs]
+        if not promoted(self._values(attrs, "few_kl"), others):
+            raise Stopped(attrs)
+        rest = self.bench.measure(policies, rows=range(few, total))
+        return Quality.joined([first, rest])
+
+    def _values(self, attrs: Any, kl: str) -> tuple[float, ...]:
+        """One value for each objective, with the KL that is asked for."""
+        names = {"memory": "bytes", "accuracy": kl, "latency": "latency"}
+        return tuple(float(attrs[names[name]]) for name in self.goal.objectives)
+
+    def _weight(self, policies: tuple[Policy, ...]) -> Weight:
+        if policies not in self._weights:
+            self._weights[policies] = weigh(
+                policies, self.known, self.goal.context, self.goal.batch
+            )
+        return self._weights[policies]
+
+    def _fits(self, policies: tuple[Policy, ...]) -> bool:
+        """Whether policies keep to the limits that need no measuring."""
+        weight = self._weight(policies)
+        values = {"bytes": float(weight.bytes), "ratio": weight.ratio}
+        if self.speed:
+            values["latency"] = self.speed.recipe(policies)
+        return all(over <= 0 for over in self.goal.bounds.excess(values).values())
+
+    def _view(self, choices: Choices) -> View:
+        def made(by_head: bool) -> Surrogate:
+            return surrogate(
+                choices,
+                self.profile,
+                self.known,
+                self.goal.context,
+                speed=self.speed,
+                by_head=by_head,
+            )
+
+        apart = any(own.per_head for own in choices.values())
+        return View(choices, made(False), made(True) if apart else None)
+
+    def _grown(self, views: dict[str, View]) -> dict[str, Any]:
+        """How the KL of whole recipes grows with priced sums: one-sided and joint probes.
+
+        Errors of one kind compound over layers, so sums of prices are low by a steady factor, or
+        by one that grows.
+        """
+        view = next(iter(views.values()))
+        chains = {side: _probes(view, side) for side in SIDES}
+        readings = [self._read(view, {side: c}) for side in SIDES for c in chains[side]]
+        for keys, values in zip(chains["keys"], chains["values"], strict=False):
+            readings.append(self._read(view, {"keys": keys, "values": values}))
+        return Growth.fit(readings).table()
+
+    def _read(self, view: View, chains: dict[Side, Chain]) -> Reading:
+        """Measures all layers with the given settings, the other side dense."""
+        policies = {i: own.sided(chains) for i, own in view.choices.items()}
+        whole = tuple(policies.get(i, Policy()) for i in range(len(self.known.layers)))
+        chosen = {Place(i, side): c for i in view.choices for side, c in chains.items()}
+        sums = view.whole.sums(chosen)
+        return Reading(sums["keys"], sums["values"], self.bench.measure(whole).means()["kl"])
 
     def _binding(self) -> str:
         """What a study belongs to: model, texts, space and goal."""
-        cells = [[cell.layer, cell.side, cell.setting] for cell in self.profile.cells]
+        cells = [[c.layer, c.side, c.setting, c.sinks, c.recent] for c in self.profile.cells]
         bound = [
             self.profile.meta.get("fingerprint"),
             self.profile.meta.get("text"),
@@ -134,14 +197,21 @@ class Search:
             cells,
             [f"{price:.9e}" for price in self.profile.prices().values()],
             [str(value) for value in vars(self.goal).values()],
+            repr(self.speed.table) if self.speed else None,
             str(self.bench.model.dtype),
         ]
         return sha256_bytes(canonical_json(bound).encode())
 
 
-def _probes(choices: Mapping[int, Opened], side: Side, plain: Surrogate) -> list[Chain]:
+def _grown(view: View, growth: Growth) -> View:
+    """The same view with sums that grow as measured."""
+    apart = Surrogate(view.by_head.rungs, growth) if view.by_head else None
+    return View(view.choices, Surrogate(view.whole.rungs, growth), apart)
+
+
+def _probes(view: View, side: Side) -> list[Chain]:
     """Two settings that every layer opens: the cheapest, and one a third of the way up."""
-    common = shared(choices, side)
-    ladder = plain.ladders[next(iter(choices)), side]
-    chains = [rung.chain for rung in ladder if rung.chain in common]
+    common = shared(view.choices, side)
+    first = Place(next(iter(view.choices)), side)
+    chains = [rung.chain for rung in view.whole.ladders[first] if rung.chain in common]
     return list(dict.fromkeys((chains[0], chains[len(chains) // 3]))) if chains else []

@@ -1,10 +1,10 @@
-"""What a template opens: the settings of keys and of
-values, as the search space and the price table see them."""
+"""What a template opens: the settings of keys and of values, and the windows, as the search space
+and the price table see them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Opened:
     recent: int
     keys: tuple[Chain, ...]
     values: tuple[Chain, ...]
+    per_head: bool = False  # kv heads may differ
 
     def chains(self, side: Side) -> tuple[Chain, ...]:
         """The choices of one side."""
@@ -37,13 +38,28 @@ class Opened:
         """The layer's policy under two choices."""
         return Policy(sinks=self.sinks, recent=self.recent, keys=keys, values=values)
 
+    def policy_by_head(self, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
+        """The layer's policy where each kv head has its own keys and values."""
+        return Policy.by_head(self.sinks, self.recent, heads)
+
     def cell(self, side: Side, chain: Chain) -> Policy:
         """The layer's policy with one side compressed and the other dense."""
-        return self.policy(chain, Chain()) if side == "keys" else self.policy(Chain(), chain)
+        return self.sided({side: chain})
+
+    def sided(self, chains: Mapping[Side, Chain]) -> Policy:
+        """The layer's policy with the given sides compressed and others dense."""
+        return self.policy(chains.get("keys", Chain()), chains.get("values", Chain()))
 
 
-def opened(template: Recipe, known: Facts) -> dict[int, Opened]:
-    """Returns what each compressible layer may be; settings that do not fit the heads are left out.
+Choices = dict[int, Opened]  # of every compressible layer, under one window
+
+
+def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
+    """Returns what each compressible layer may be, for each window that the template opens.
+
+    A window is one for all layers of a span, so that their pages close in the same step. Settings
+    that do not fit the heads are left out. Windows are named ("sinks 4, recent 64") when there are
+    several.
 
     Raises:
         UsageError: nothing is open, or no setting of a layer fits the model.
@@ -54,16 +70,32 @@ def opened(template: Recipe, known: Facts) -> dict[int, Opened]:
             'Write "search" for a setting: bits = "search".',
         )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
-    return {
-        i: _opened(template.layers[owner[i]], known.layers[i].head_dim, i)
-        for i in known.compressible()
+    layers = {i: template.layers[owner[i]] for i in known.compressible()}
+    sides = {
+        i: [_fitting(tables, known.layers[i].head_dim, side, i) for side, tables in _tables(policy)]
+        for i, policy in layers.items()
     }
+    opens = list(dict.fromkeys(policy.windows() for policy in layers.values()))
+    found = {}
+    for windows in itertools.product(*opens):
+        at = dict(zip(opens, windows, strict=True))
+        found[_window_name(opens, windows)] = {
+            i: Opened(*at[policy.windows()], *sides[i], policy.per_head)
+            for i, policy in layers.items()
+        }
+    return found
 
 
-def _opened(policy: LayerPolicy, head_dim: int, layer: int) -> Opened:
-    keys = _fitting(policy.kept.keys, head_dim, "keys", layer)
-    values = _fitting(policy.kept.values, head_dim, "values", layer)
-    return Opened(policy.sinks, policy.recent, keys, values)
+def _tables(policy: LayerPolicy) -> list[tuple[Side, Sequence[dict[str, Any]]]]:
+    return [("keys", policy.kept.keys), ("values", policy.kept.values)]
+
+
+def _window_name(
+    opens: Sequence[tuple[tuple[int, int], ...]], windows: Sequence[tuple[int, int]]
+) -> str:
+    """The windows that were open to choice, in words; nothing when none was."""
+    free = [window for pairs, window in zip(opens, windows, strict=True) if len(pairs) > 1]
+    return "; ".join(f"sinks {sinks}, recent {recent}" for sinks, recent in free)
 
 
 def _fitting(

@@ -1,121 +1,149 @@
-"""The surrogate: ladders of settings, clusters of layers, and the exact front over prices."""
+"""The surrogate: what the price table predicts of whole recipes, and the ladders of settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-
-import numpy as np
+from typing import NamedTuple
 
 from kvtune.cache import layer_bytes
-from kvtune.knapsack import Knapsack
+from kvtune.growth import Growth
 from kvtune.models import Facts
 from kvtune.parts import Chain
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy
-from kvtune.space import SIDES, Opened, Side
+from kvtune.space import SIDES, Choices, Opened, Side
+from kvtune.speed import Speed
 
-Place = tuple[int, Side]
-Assignment = dict[
-    Place, Chain
-]  # one setting for the keys and one for the values of every compressible layer
+
+class Place(NamedTuple):
+    """What has one setting: a side of a layer, or of one kv head where heads may differ."""
+
+    layer: int
+    side: Side
+    head: int | None = None  # None: all heads alike
+
+
+Assignment = dict[Place, Chain]  # one setting for each place of all compressible layers
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One setting of one side of one layer: its bytes at the
-    stated context, and its priced KL in nats."""
+    """One setting of one place: bytes at the stated context, priced KL in nats, and its part of
+    the layer's attention time in microseconds (0 without a latency table)."""
 
     chain: Chain
     bytes: int
     price: float
+    time: float = 0.0
+
+
+class Prediction(NamedTuple):
+    """What the table says of an assignment."""
+
+    bytes: int
+    kl: float
+    time: float
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What the price table predicts: all rungs of each place by
-    ascending bytes, and its undominated ladder."""
+    """All rungs of each place by ascending bytes, and how their prices grow into a KL."""
 
     rungs: dict[Place, tuple[Rung, ...]]
-    ladders: dict[Place, tuple[Rung, ...]]
-
-    @classmethod
-    def of(
-        cls,
-        choices: Mapping[int, Opened],
-        profile: Profile,
-        known: Facts,
-        context: int,
-        scales: Mapping[Side, float],
-    ) -> Surrogate:
-        """Prices come from the profile, times each side's scale;
-        bytes from the runtime at the context length."""
-        prices = profile.prices()
-        weighed = cache(layer_bytes)  # most layers are alike
-        rungs: dict[Place, tuple[Rung, ...]] = {}
-        for layer, own in choices.items():
-            shape = known.layers[layer].kv_heads, known.layers[layer].head_dim, context
-            for side in SIDES:
-                found = []
-                for chain in own.chains(side):
-                    size = weighed(_paired(own, side, chain), *shape)[SIDES.index(side)]
-                    cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
-                    found.append(Rung(chain, size, prices[cell] * scales.get(side, 1.0)))
-                rungs[layer, side] = tuple(sorted(found, key=lambda rung: (rung.bytes, rung.price)))
-        return cls(rungs, {place: tuple(undominated(found)) for place, found in rungs.items()})
-
-    def predict(self, chosen: Assignment) -> tuple[int, float]:
-        """Bytes and KL that the table adds up to."""
-        picked = [
-            next(r for r in self.rungs[place] if r.chain == chain)
-            for place, chain in chosen.items()
-        ]
-        return sum(rung.bytes for rung in picked), math.fsum(rung.price for rung in picked)
-
-    def budgets(self, count: int) -> list[int]:
-        """Byte budgets from the smallest possible cache to the
-        dearest ladder end, evenly in log bytes."""
-        low = sum(ladder[0].bytes for ladder in self.ladders.values())
-        high = sum(ladder[-1].bytes for ladder in self.ladders.values())
-        return [round(low * (high / low) ** (i / max(1, count - 1))) for i in range(count)]
-
-    def cheapest(self, budget: int) -> Assignment:
-        """The assignment of least priced KL within a byte budget, exactly."""
-        picked = self._knapsack.solve(budget)
-        return {
-            place: ladder[index].chain
-            for (place, ladder), index in zip(self.ladders.items(), picked, strict=True)
-        }
+    growth: Growth = field(default_factory=Growth)
 
     @cached_property
-    def _knapsack(self) -> Knapsack:
-        return Knapsack(
-            [[(rung.bytes, rung.price) for rung in ladder] for ladder in self.ladders.values()]
-        )
+    def ladders(self) -> dict[Place, tuple[Rung, ...]]:
+        """The rungs of each place that no other beats in bytes and price."""
+        return {place: tuple(undominated(found)) for place, found in self.rungs.items()}
 
-    def clusters(self, per_side: int) -> dict[str, tuple[Place, ...]]:
-        """Places that react alike, per side, named `keys 0`, `keys
-        1`, ... from the least sensitive on."""
-        found: dict[str, tuple[Place, ...]] = {}
-        for side in SIDES:
-            own = [place for place in self.ladders if place[1] == side]
-            groups = _grouped(own, self.rungs, self.ladders, per_side)
-            groups.sort(
-                key=lambda group: float(np.mean([self.rungs[place][0].price for place in group]))
-            )
-            found |= {f"{side} {index}": tuple(group) for index, group in enumerate(groups)}
-        return found
+    @cached_property
+    def _found(self) -> dict[Place, dict[Chain, Rung]]:
+        return {place: {r.chain: r for r in found} for place, found in self.rungs.items()}
 
-    def moved(self, chosen: Assignment, places: Iterable[Place], steps: int) -> Assignment:
-        """Another assignment with the given places moved along their ladders; the ends hold."""
-        result = dict(chosen)
-        for place in places:
-            ladder = self.ladders[place]
-            at = _nearest(ladder, self.rungs[place], chosen[place])
-            result[place] = ladder[min(max(at + steps, 0), len(ladder) - 1)].chain
+    def rung(self, place: Place, chain: Chain) -> Rung:
+        """The rung of a setting."""
+        return self._found[place][chain]
+
+    def sums(self, chosen: Assignment) -> dict[Side, float]:
+        """The priced sum of each side, in nats."""
+        found: dict[Side, list[float]] = {side: [] for side in SIDES}
+        for place, chain in chosen.items():
+            found[place.side].append(self.rung(place, chain).price)
+        return {side: math.fsum(prices) for side, prices in found.items()}
+
+    def predict(self, chosen: Assignment) -> Prediction:
+        """Bytes, KL and time that the table leads to."""
+        rungs = [self.rung(place, chain) for place, chain in chosen.items()]
+        sums = self.sums(chosen)
+        kl = float(self.growth.kl(sums["keys"], sums["values"]))
+        return Prediction(sum(r.bytes for r in rungs), kl, math.fsum(r.time for r in rungs))
+
+    def moved(
+        self, chosen: Assignment, places: Iterable[tuple[int, Side]], steps: int
+    ) -> Assignment:
+        """Another assignment with sides of layers moved along their ladders; the ends hold."""
+        wanted, result = set(places), dict(chosen)
+        for place, chain in chosen.items():
+            if place[:2] in wanted:
+                ladder = self.ladders[place]
+                at = _nearest(ladder, self.rung(place, chain).bytes)
+                result[place] = ladder[min(max(at + steps, 0), len(ladder) - 1)].chain
         return result
+
+
+def surrogate(
+    choices: Choices,
+    profile: Profile,
+    known: Facts,
+    context: int,
+    *,
+    speed: Speed | None = None,
+    by_head: bool = False,
+) -> Surrogate:
+    """Prices come from the profile, bytes from the runtime at the context length, times from the
+    latency table. With `by_head`, layers that open it have a place for each kv head."""
+    prices = profile.prices_by_head() if by_head else profile.prices()
+    weighed = cache(layer_bytes)  # most layers are alike
+    rungs: dict[Place, tuple[Rung, ...]] = {}
+    for layer, own in choices.items():
+        kv_heads, head_dim = known.layers[layer].kv_heads, known.layers[layer].head_dim
+        for side in SIDES:
+            cells: list[tuple[Chain, int, tuple[float, ...], float]] = []
+            for chain in own.chains(side):
+                sizes = weighed(_paired(own, side, chain), kv_heads, head_dim, context)
+                cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
+                time = _time(speed, own, side, chain) if speed else 0.0
+                found = prices[cell]
+                split = found if isinstance(found, tuple) else (found,)
+                cells.append((chain, sizes[SIDES.index(side)], split, time))
+            heads = range(kv_heads) if by_head and own.per_head else (None,)
+            for head in heads:
+                rungs[Place(layer, side, head)] = _rungs(cells, head, kv_heads)
+    return Surrogate(rungs)
+
+
+def _rungs(
+    cells: Sequence[tuple[Chain, int, tuple[float, ...], float]], head: int | None, kv_heads: int
+) -> tuple[Rung, ...]:
+    """One place's settings, of the whole side or of one head: bytes and times split evenly."""
+    part = 1 if head is None else kv_heads
+    found = [
+        Rung(chain, size // part, math.fsum(split) if head is None else split[head], time / part)
+        for chain, size, split, time in cells
+    ]
+    return tuple(sorted(found, key=lambda rung: (rung.bytes, rung.price)))
+
+
+def _time(speed: Speed, own: Opened, side: Side, chain: Chain) -> float:
+    """A setting's part of a layer's time: beside the first of the other side, which takes half."""
+    first = {name: own.chains(name)[0] for name in SIDES}
+    pair = {**first, side: chain}
+    both = speed.pair(first["keys"], first["values"])
+    return max(0.0, speed.pair(pair["keys"], pair["values"]) - both / 2)
 
 
 def _paired(own: Opened, side: Side, chain: Chain) -> Policy:
@@ -135,40 +163,6 @@ def undominated(rungs: Iterable[Rung]) -> list[Rung]:
     return kept
 
 
-def _nearest(ladder: Sequence[Rung], rungs: Sequence[Rung], chain: Chain) -> int:
+def _nearest(ladder: Sequence[Rung], size: int) -> int:
     """Where a setting stands on the ladder; a dominated one stands where its bytes do."""
-    size = next(rung.bytes for rung in rungs if rung.chain == chain)
     return min(range(len(ladder)), key=lambda i: (abs(ladder[i].bytes - size), i))
-
-
-def _grouped(
-    own: list[Place],
-    rungs: Mapping[Place, Sequence[Rung]],
-    ladders: Mapping[Place, Sequence[Rung]],
-    count: int,
-) -> list[list[Place]]:
-    """Average linkage over the mean distance of log prices plus
-    the Jaccard distance of surviving settings."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-
-    if len(own) <= count:
-        return [[place] for place in own]
-    distances = [_distance(a, b, rungs, ladders) for i, a in enumerate(own) for b in own[i + 1 :]]
-    labels = fcluster(linkage(np.array(distances), "average"), count, "maxclust")
-    return [
-        [place for place, label in zip(own, labels, strict=True) if label == wanted]
-        for wanted in sorted(set(labels))
-    ]
-
-
-def _distance(
-    a: Place,
-    b: Place,
-    rungs: Mapping[Place, Sequence[Rung]],
-    ladders: Mapping[Place, Sequence[Rung]],
-) -> float:
-    left, right = ({r.chain: math.log(r.price + 1e-12) for r in rungs[place]} for place in (a, b))
-    shared = [chain for chain in left if chain in right]
-    apart = sum(abs(left[chain] - right[chain]) for chain in shared) / max(1, len(shared))
-    alive_a, alive_b = ({r.chain for r in ladders[place]} for place in (a, b))
-    return apart + 1 - len(alive_a & alive_b) / len(alive_a | alive_b)

@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvtune import runs
-from kvtune.bank import Bank, Sizes, build, text_tokens
-from kvtune.cache import weigh
-from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet
+from kvtune.bank import Bank, build, text_tokens
+from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet, spearman
 from kvtune.errors import IntegrityError, UsageError
-from kvtune.files import sweep, write_atomic
-from kvtune.front import (
-    Candidate,
-    Point,
-    best_uniform,
-    held_out,
-    worth_measuring,
-    worth_proving,
-)
-from kvtune.layout import Goal
+from kvtune.files import sweep
 from kvtune.measure import Bench
-from kvtune.models import Facts, facts, fingerprint, label
+from kvtune.models import Facts, facts, fingerprint
 from kvtune.profile import Profile
-from kvtune.prove import Proof, by_generation, environment
-from kvtune.recipe import RECIPE_FILE, ModelBinding, Recipe, digest
+from kvtune.publish import Publisher, Say, Settings, Texts
+from kvtune.recipe import Recipe, digest
 from kvtune.recipe import load as load_recipe
-from kvtune.search import Limits, Search
+from kvtune.search import STUDY, Limits, Search
 from kvtune.shipped import find
-from kvtune.space import opened, to_recipe
-from kvtune.study import Row
-from kvtune.texts import Document, read, split
+from kvtune.space import opened
+from kvtune.speed import Speed, open_table, timed
+from kvtune.study import Row, sole
 from kvtune.texts import digest as text_digest
-
-Say = Callable[[str, int, int], None]
-Texts = dict[str, list[Document]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on, besides model, texts and template."""
-
-    sizes: Sizes = field(default_factory=Sizes)
-    goal: Goal = field(default_factory=Goal)
-    seed: int = 0
-    proof_steps: int = 32
-    points: int = 9  # how many recipes of the front are proved
-    max_kl: float = 0.02  # the chosen recipe is the smallest one within it
+from kvtune.texts import read, split
 
 
 class Tuner:
@@ -72,25 +50,64 @@ class Tuner:
         self.folder, self.name, self.settings, self.say = folder, name, settings or Settings(), say
         self.limits = limits or Limits(str(folder / runs.STUDY))
         self.known: Facts = facts(model.config)
-        self.choices = opened(template, self.known)
+        self.windows = opened(template, self.known)
+        self.untimed = 0  # settings that no kernel reads, left out of a search for latency
+        self.speed = self._speed()
+        self.seconds: dict[str, float] = {}
         sweep(folder)
 
-    def run(self, command: str = "kvtune.tune", calibrated: bool = False) -> dict[str, Any]:
+    def run(self, command: str = "kvtune.tune", calibrated: bool = False) -> dict[str, Any] | None:
         """Calibrates, searches and proves; a finished run of the same inputs is read back.
 
-        With `calibrated` the folder's profile is taken as it is, or the run refused.
+        With `calibrated` the folder's profile is taken as it is, or the run refused. Returns None
+        where another worker of the same study proves its front.
 
         Raises:
             UsageError: nothing could be proved.
         """
-        if held := runs.read_summary(self.folder, self.bound()):
-            self.say("finished run reused", 1, 1)
+        if held := self._finished():
             return held
-        profile = self.held_profile() if calibrated else self.profile()
-        points = self.prove(self.search(profile))
+        with self._timed("calibrate"):
+            profile = self.held_profile() if calibrated else self.profile()
+        with self._timed("search"):
+            rows = self.search(profile)
+        with sole(self.limits.storage, STUDY, "proof") as mine:
+            if not mine:
+                return None
+            if held := self._finished():
+                return held
+            return self._published(rows, command)
+
+    def _published(self, rows: list[Row], command: str) -> dict[str, Any]:
+        own = (self.model, self.texts, self.folder, self.name, self.settings, self.speed, self.say)
+        publisher = Publisher(*own)
+        with self._timed("prove"):
+            points, measured = publisher.prove(rows, self.layout, self._bank("proof"))
         if not points:
             raise UsageError("The search found no feasible recipe.", "Give more --trials.")
-        return self.finish(points, command)
+        found = {"held_out": measured, "search": self._said(rows), "stages": self.seconds}
+        return publisher.finish(points, command, self.bound(), found)
+
+    def _finished(self) -> dict[str, Any] | None:
+        if held := runs.read_summary(self.folder, self.bound()):
+            self.say("finished run reused", 1, 1)
+        return held
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - began, 3)
+
+    def _speed(self) -> Speed | None:
+        """Attention times, where the goal asks for them; settings without one are left out."""
+        goal, file = self.settings.goal, self.settings.latency_table
+        if not goal.timed:
+            return None
+        table = open_table(self.known, self.model.device, file)
+        speed = Speed(table, self.known, goal.context, goal.batch)
+        self.windows, self.untimed = timed(self.windows, speed)
+        return speed
 
     def profile(self, exact: bool = False) -> Profile:
         """The folder's profile when it is of this model, text, sizes and template; else another."""
@@ -133,60 +150,32 @@ class Tuner:
     def search(self, profile: Profile) -> list[Row]:
         """All rows of the study, within the limits; settings without a price are priced first."""
         bench = Bench(self.model, self._bank("search"), find_ropes(self.model))
-        if missing := missing_cells(profile, self.choices):
+        if missing := missing_cells(profile, self.windows):
             seed = self.settings.seed
             profile = priced_further(self.model, bench.bank, profile, missing, seed, self.say)
-        search = Search(bench, profile, self.choices, self.settings.goal, self.folder)
-        self.layout = search.layout
-        return search.run(
-            self.limits,
+        goal = self.settings.goal
+        search = Search(bench, profile, self.windows, goal, self.limits, self.speed)
+        self.layout, self.growth = search.layout, search.growth
+        rows = search.run(
             self.settings.seed,
             on_trial=lambda row, total: self.say("trials", min(row.number + 1, total), total),
         )
+        runs.write_trials(self.folder, goal.objectives, rows)
+        return rows
 
-    def prove(self, rows: list[Row]) -> list[Point]:
-        """Measures the study's front on text that neither calibration nor search saw, and writes
-        the recipes that no other measured one, uniform ones included, beats there."""
-        bank, goal, most = self._bank("proof"), self.settings.goal, self.settings.points
-        bench = Bench(self.model, bank, find_ropes(self.model))
-        chosen = worth_measuring(rows, self.layout, most + 2)
-        measured: list[Candidate] = []
-        for origin, assignment in chosen:
-            measured.append(held_out(bench, self.layout, origin, assignment))
-            self.say("held-out text", len(measured), len(chosen))
-        runs.clear_front(self.folder)
-        points: list[Point] = []
-        proved = worth_proving(measured, most)
-        for candidate in proved:
-            cache = bench.cache(candidate.policies)
-            quality = by_generation(self.model, cache, bank, self.settings.proof_steps)
-            weight = weigh(candidate.policies, self.known, goal.context, goal.batch)
-            proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
-            rival = best_uniform(measured, candidate.bytes)
-            points.append(self._written(len(points), candidate, rival, proof))
-            self.say("proof by generation", len(points), len(proved))
-        return points
-
-    def finish(self, points: list[Point], command: str) -> dict[str, Any]:
-        """Writes the chosen recipe as a folder to share, and the summary; returns the summary."""
-        within = [i for i, point in enumerate(points) if point.proof.kl <= self.settings.max_kl]
-        chosen = min(within, key=lambda i: points[i].proof.bytes) if within else 0
-        tables = [point.table() for point in points]
-        source = (self.folder / points[chosen].file).read_bytes()
-        target = self.folder / runs.CHOSEN
-        write_atomic(
-            target / "README.md",
-            runs.card(f"{label(self.name)}-kv", label(self.name), tables, chosen, command).encode(),
-        )
-        write_atomic(target / RECIPE_FILE, source)
-        summary = {
-            "points": tables,
-            "chosen": chosen,
-            "model": label(self.name),
-            **environment(self.model.device),
+    def _said(self, rows: list[Row]) -> dict[str, Any]:
+        """What the search was for, what became of its trials, and how well it was predicted."""
+        goal = self.settings.goal
+        return {
+            "objectives": list(goal.objectives),
+            "constraints": goal.bounds.table(),
+            "trials": len(rows),
+            "infeasible": sum(row.state == "infeasible" for row in rows),
+            "stopped": sum(row.state == "stopped" for row in rows),
+            "rank_correlation": predicted_well(rows),
+            "interaction": {**self.growth.table(), "additive": self.growth.is_additive},
+            "untimed": self.untimed,
         }
-        runs.write_summary(self.folder, self.bound(), summary)
-        return summary
 
     def bound(self) -> str:
         """What a finished run depends on."""
@@ -214,42 +203,20 @@ class Tuner:
             "seed": self.settings.seed,
         }
         same = all(held.meta.get(name) == value for name, value in wanted.items())
-        return same and not missing_cells(held, self.choices)
+        return same and not missing_cells(held, self.windows)
 
-    def _written(
-        self, index: int, candidate: Candidate, rival: float | None, proof: Proof
-    ) -> Point:
-        name, file = f"{proof.bits:.2f} bits", f"{runs.FRONT}/{index:02}.toml"
-        point = Point(file, name, candidate.origin, candidate.kl, rival, proof)
-        evidence = {
-            **proof.table(),
-            "held_out_kl": float(f"{candidate.kl:.6g}"),
-            "texts": {role: text_digest(documents) for role, documents in self.texts.items()},
-            "date": time.strftime("%Y-%m-%d"),
-            **environment(self.model.device),
-        }
-        recipe = to_recipe(
-            dict(enumerate(candidate.policies)),
-            len(self.known.layers),
-            name=f"{label(self.name).rpartition('/')[2].lower()}-{proof.bits:.2f}",
-            description=f"{proof.ratio:.2f} times smaller than 16 bits at {proof.bytes_context} "
-            f"tokens; KL {proof.kl:.4g} nats on held-out text.",
-            model=self._model_binding(),
-            measured=evidence,
-        )
-        recipe.save(self.folder / file)
-        return point
 
-    def _model_binding(self) -> ModelBinding:
-        first = self.known.layers[self.known.compressible()[0]]
-        return ModelBinding(
-            name=label(self.name),
-            fingerprint=fingerprint(self.model),
-            architecture=self.known.architecture,
-            layers=len(self.known.layers),
-            kv_heads=first.kv_heads,
-            head_dim=first.head_dim,
-        )
+def predicted_well(rows: list[Row]) -> float | None:
+    """Rank correlation (Spearman) of predicted and measured KL over all rows measured in full."""
+    pairs = [
+        (float(row.attrs["predicted"]), float(row.attrs["kl"]))
+        for row in rows
+        if row.memo_of is None and "kl" in row.attrs
+    ]
+    if len(pairs) < 3:
+        return None
+    predicted, measured = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    return round(spearman(predicted, measured), 4)
 
 
 def tune(
@@ -277,6 +244,7 @@ def tune(
     opened_by = template if isinstance(template, Recipe) else load_recipe(find(template))
     texts = split(read(data))
     wanted = settings or Settings()
-    return Tuner(
+    tuner = Tuner(
         model, tokenizer, texts, opened_by, Path(folder), name=name, settings=wanted, say=say
-    ).run()
+    )
+    return tuner.run() or {}  # the study is the folder's own: no other worker proves it

@@ -101,10 +101,22 @@ def load(device: str, heads: int, kv_heads: int, head_dim: int) -> Table:
         IntegrityError: the file is damaged.
     """
     file = path(device, heads, kv_heads, head_dim)
-    again = _command(heads, kv_heads, head_dim)
     if not file.is_file():
         shape = f"{heads}/{kv_heads} heads of {head_dim}"
-        raise MissingInputError(f"There is no latency table of {device} for {shape}.", again)
+        what = f"There is no latency table of {device} for {shape}."
+        raise MissingInputError(what, command(heads, kv_heads, head_dim))
+    return read(file, command(heads, kv_heads, head_dim))
+
+
+def read(file: Path, again: str) -> Table:
+    """Reads a table's file; `again` is the command that makes it anew.
+
+    Raises:
+        MissingInputError: there is no such file.
+        IntegrityError: it is damaged.
+    """
+    if not file.is_file():
+        raise MissingInputError(f"There is no latency table at {file}.", again)
     try:
         held = json.loads(file.read_bytes())
         if held.pop("kvtune_latency") != FORMAT:
@@ -115,7 +127,7 @@ def load(device: str, heads: int, kv_heads: int, head_dim: int) -> Table:
         raise IntegrityError(f"{file} is damaged: {error}.", again) from None
 
 
-def estimate(table: Table, keys: Format, values: Format, batch: int, context: int) -> float:
+def estimate(table: Table, keys: Format, values: Format, batch: float, context: int) -> float:
     """Microseconds of attention in one layer.
 
     Formats that were not timed are put together: the pair of bits, times what either side's group
@@ -146,7 +158,7 @@ def estimate(table: Table, keys: Format, values: Format, batch: int, context: in
         raise MissingInputError(
             f"The latency table of {table.device} has no times for keys {tuple(keys)} and values "
             f"{tuple(values)}.",
-            _command(table.heads, table.kv_heads, head),
+            command(table.heads, table.kv_heads, head),
         )
     return base * by_keys / usual * by_values / usual
 
@@ -155,17 +167,18 @@ def dense(table: Table, batch: int, context: int) -> float:
     """Microseconds of bf16 attention in one layer; MissingInputError when the table is empty."""
     found = _interpolated(list(table.cells), batch, context, lambda cell: cell.dense_microseconds)
     if found is None:
-        again = _command(table.heads, table.kv_heads, table.head_dim)
+        again = command(table.heads, table.kv_heads, table.head_dim)
         raise MissingInputError(f"The latency table of {table.device} is empty.", again)
     return found
 
 
-def _command(heads: int, kv_heads: int, head_dim: int) -> str:
+def command(heads: int, kv_heads: int, head_dim: int) -> str:
+    """The next command of a user who has no table."""
     return f"Run: kvtune bench kernels --table --heads {heads}/{kv_heads}/{head_dim}"
 
 
 def _interpolated(
-    cells: list[Cell], batch: int, context: int, time: Callable[[Cell], float]
+    cells: list[Cell], batch: float, context: int, time: Callable[[Cell], float]
 ) -> float | None:
     """First along contexts at each batch, then along batches; None without cells."""
     by_batch: dict[int, dict[int, float]] = {}
@@ -176,7 +189,7 @@ def _interpolated(
     return between({b: between(points, context) for b, points in by_batch.items()}, batch)
 
 
-def between(points: dict[int, float], x: int) -> float:
+def between(points: dict[int, float], x: float) -> float:
     """The value at x of a curve through `points` that is straight where both axes are logarithmic.
 
     Below the first point it is level, beyond the last one proportional to x.

@@ -6,6 +6,13 @@ import typer
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d|)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|tb|kib|mib|gib|tib|)")
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+_SHORT = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -25,6 +32,23 @@ def duration(text: str) -> float:
     if not found or not float(found[1]):
         raise typer.BadParameter(f"{text!r} is no time; write 90s, 10m or 1h.")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def size_of(text: str) -> int:
+    """Reads 20MB, 1.5GiB or plain bytes."""
+    found = _SIZE.fullmatch(str(text).strip().lower())
+    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if count < 1:
+        raise typer.BadParameter(f"{text!r} is no size; write 20MB, 1.5GiB or bytes.")
+    return count
+
+
+def microseconds(text: str) -> float:
+    """Reads 900us, 1.5ms, or plain microseconds."""
+    found = _SHORT.fullmatch(str(text).strip().lower())
+    if not found or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is no time of a step; write 900us or 1.5ms.")
+    return float(found[1]) * {"": 1, "us": 1, "ms": 1e3, "s": 1e6}[found[2]]
 
 
 def share(text: str) -> float:

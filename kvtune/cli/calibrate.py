@@ -73,14 +73,15 @@ def calibrate(
 
 
 def sensitivity(tuner: Tuner, profile: Profile) -> list[dict[str, Any]]:
-    """The KL in nats of each layer's keys and values alone, under their smallest setting."""
+    """The KL in nats of each layer's keys and values alone, under their smallest setting (and
+    the first window, where several are open)."""
     from kvtune.cache import layer_bytes
     from kvtune.profile import Cell, setting
 
     prices, at = profile.prices(), tuner.settings.goal.context
     weighed = cache(layer_bytes)  # layers are alike, and so are most of their settings
     rows = []
-    for layer, own in tuner.choices.items():
+    for layer, own in next(iter(tuner.windows.values())).items():
         shape = tuner.known.layers[layer].kv_heads, tuner.known.layers[layer].head_dim
         row: dict[str, Any] = {"layer": layer}
         for side in SIDES:

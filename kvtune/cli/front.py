@@ -28,21 +28,42 @@ def show(out: Output, summary: dict[str, Any], folder: Path, model: str, max_kl:
         out.warn(f"No recipe is within --max-kl {max_kl:g}; the most accurate one was chosen.")
     out.print(
         _table(points, at),
+        _searched(summary),
         f"Bytes at {first['bytes_context']:,} tokens, batch {first['batch']}; KL in nats, over "
         f"{first['positions']:,} positions of held-out text after {first['context']:,} tokens.",
         f"Chosen (*): {place}, {size(points[at]['bytes'])}, "
         f"{points[at]['ratio']:.2f}x smaller than 16 bit.",
-        f"Stages took {clock(sum(seconds.values()))}. Next:\n\n  {command}",
+        f"{_stages(summary)}Next:\n\n  {command}",
     )
+
+
+def _stages(summary: dict[str, Any]) -> str:
+    """The wall time of each stage; nothing where an older run did not say."""
+    spent = summary.get("stages", {})
+    told = ", ".join(f"{stage} {clock(seconds)}" for stage, seconds in spent.items())
+    return f"Stages took {clock(sum(spent.values()))}: {told}. " if spent else ""
+
+
+def _searched(summary: dict[str, Any]) -> str:
+    """What became of the trials, and how well the price table foresaw them."""
+    found = summary["search"]
+    parts = [f"{found['trials']} trials"]
+    parts += [f"{found[kind]} {kind}" for kind in ("stopped", "infeasible") if found[kind]]
+    rank = found["rank_correlation"]
+    foreseen = "" if rank is None else f"; predicted and measured KL rank alike by {rank:.3f}"
+    return f"{', '.join(parts)}{foreseen} (Spearman)." if foreseen else f"{', '.join(parts)}."
 
 
 def _table(points: list[dict[str, Any]], chosen: int) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
-    for name in ("bits", "smaller", "KL", "95 % interval", "flips", "KL, one pass", "best uniform"):
+    names = ["bits", "smaller", "KL", "95 % interval", "flips", "KL, one pass", "best uniform"]
+    timed = any(point["latency"] is not None for point in points)
+    for name in [*names, *(["attention"] if timed else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     for index, point in enumerate(points):
-        table.add_row("*" if index == chosen else "", *_cells(point))
+        latency = [f"{point['latency']:.0f} us"] if timed else []
+        table.add_row("*" if index == chosen else "", *_cells(point), *latency)
     return table
 
 

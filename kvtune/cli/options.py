@@ -11,6 +11,7 @@ import typer
 from kvtune.cli import amounts
 
 Options = Callable[..., Any]
+USUAL_KL = 0.02  # nats: what is chosen keeps to it when nothing else is said
 _model: Options = partial(typer.Option, rich_help_panel="Model")
 _text: Options = partial(typer.Option, rich_help_panel="Text")
 _search: Options = partial(typer.Option, rich_help_panel="Search")
@@ -93,9 +94,37 @@ class Aim:
         float | None,
         _search(parser=amounts.duration, metavar="TIME", help="Search no longer: 90s, 10m."),
     ] = None
+    objective: Annotated[str, _search(metavar="NAMES", help="Any of memory,accuracy,latency.")] = (
+        "memory,accuracy"
+    )
     max_kl: Annotated[
-        float, _search(min=0, help="The chosen recipe is the smallest within, in nats.")
-    ] = 0.02
+        float | None,
+        _search(min=0, help="Keep to this KL in nats; what is chosen is the smallest within."),
+    ] = None
+    max_bytes: Annotated[
+        int | None,
+        _search(parser=amounts.size_of, metavar="SIZE", help="Keep to this cache: 20MB, 1.5GiB."),
+    ] = None
+    min_ratio: Annotated[
+        float | None, _search(min=1, help="Keep at least this many times below 16 bits.")
+    ] = None
+    max_latency: Annotated[
+        float | None,
+        _search(
+            parser=amounts.microseconds,
+            metavar="TIME",
+            help="Keep to this attention time of all layers per decoded token: 900us, 1.5ms.",
+        ),
+    ] = None
+    latency_table: Annotated[
+        Path | None,
+        _search(metavar="FILE", help="A table of another device; kvtune bench kernels --table."),
+    ] = None
+
+    @property
+    def choose_within(self) -> float:
+        """The KL in nats that a chosen recipe keeps to."""
+        return USUAL_KL if self.max_kl is None else self.max_kl
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,10 @@ def show(
 
 
 def _cells(template: Recipe, known: Facts) -> int:
-    from kvtune.space import SIDES, opened
+    from kvtune.calibrate import price_cells
+    from kvtune.space import opened
 
-    return sum(len(own.chains(side)) for own in opened(template, known).values() for side in SIDES)
+    return len(price_cells(opened(template, known)))
 
 
 def _cache(out: Output, known: Facts, count: Count) -> dict[str, int]:

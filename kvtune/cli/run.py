@@ -13,7 +13,7 @@ from kvtune.cli.job import Job, bytes_context, check_length, open_model, read_te
 from kvtune.cli.options import Aim, Count
 from kvtune.cli.output import Output
 from kvtune.errors import MissingInputError, UsageError
-from kvtune.layout import OBJECTIVES, Goal
+from kvtune.goal import Bounds, Goal
 from kvtune.models import facts
 from kvtune.recipe import Recipe
 from kvtune.search import STUDY, Limits
@@ -29,7 +29,6 @@ def open_run(
     count: Count,
     limits: Limits,
     aim: Aim,
-    objective: str = ",".join(OBJECTIVES),
 ) -> Tuner:
     """Loads model and texts and returns the Tuner of a folder."""
     model, tokenizer = open_model(out, job.model, job.where)
@@ -37,15 +36,24 @@ def open_run(
     check_length(known, job.text.context, job.continuation)
     settings = Settings(
         sizes=Sizes(job.text.sequences, job.text.context, job.continuation),
-        goal=Goal.parse(objective, bytes_context(out, known, count.bytes_at), count.batch),
+        goal=goal_of(aim, count, bytes_context(out, known, count.bytes_at)),
         seed=job.seed,
         proof_steps=min(Settings.proof_steps, job.continuation),
-        max_kl=aim.max_kl,
+        max_kl=aim.choose_within,
+        latency_table=aim.latency_table,
     )
     texts = read_texts(job.text, job.where)
     tuner = Tuner(model, tokenizer, texts, template, folder, name=job.model, settings=settings)
     tuner.limits, tuner.say = limits, out.say
+    if tuner.untimed:
+        out.warn(f"{tuner.untimed} settings are left out: no kernel reads them, so none is timed.")
     return tuner
+
+
+def goal_of(aim: Aim, count: Count, context: int) -> Goal:
+    """What a search is for, as the options say it; UsageError when they contradict themselves."""
+    bounds = Bounds(aim.max_bytes, aim.max_kl, aim.max_latency, aim.min_ratio)
+    return Goal.parse(aim.objective, context, count.batch, bounds)
 
 
 def limits_of(folder: Path, aim: Aim, storage: str = "", **rest: bool) -> Limits:
@@ -64,11 +72,18 @@ def check_study(limits: Limits) -> None:
         raise UsageError(what, "Use --resume to go on or --fresh to start anew.")
 
 
-def finished(tuner: Tuner, command: str, calibrated: bool = False) -> dict[str, Any]:
-    """Runs all stages that are not finished yet; returns the summary."""
+def finished(
+    out: Output, tuner: Tuner, command: str, calibrated: bool = False
+) -> dict[str, Any] | None:
+    """Runs all stages that are not finished yet; returns the summary, or None where another
+    worker of the study proves its front."""
     if tuner.limits.anew:
         (tuner.folder / runs.SUMMARY).unlink(missing_ok=True)
-    return tuner.run(command, calibrated)
+    summary = tuner.run(command, calibrated)
+    if summary is None:
+        out.data |= {"worker": True}
+        out.print("All trials are done; another worker of this study proves the front.")
+    return summary
 
 
 def command_line(*more: str) -> str:

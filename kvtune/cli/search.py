@@ -21,9 +21,6 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by
 class Study:
     """Where the search is kept, and what becomes of the one there is."""
 
-    objective: Annotated[str, _search(metavar="NAMES", help="What the front is over.")] = (
-        "memory,accuracy"
-    )
     storage: Annotated[str, _search(metavar="URL", help="A database URL; or DIR/study.db.")] = ""
     resume: Annotated[bool, _search("--resume", help="Go on with the search there is.")] = False
     fresh: Annotated[bool, _search("--fresh", help="Forget the search there is.")] = False
@@ -44,12 +41,13 @@ def search(
 
     if study.resume and study.fresh:
         raise UsageError("--resume and --fresh exclude each other.")
+    run.goal_of(aim, count, 1)  # refused before anything is loaded
     job, template = Job.load(folder).changed(study.seed, study.offline), load(folder / TEMPLATE)
     if dry_run:
         return plan.show(out, job, template, count, folder, trials=aim.trials, calibrated=True)
     limits = run.limits_of(folder, aim, study.storage, resume=study.resume, anew=study.fresh)
     run.check_study(limits)
     out.resume = run.command_line("--resume")
-    tuner = run.open_run(out, job, folder, template, count, limits, aim, study.objective)
-    summary = run.finished(tuner, out.resume, calibrated=True)
-    front.show(out, summary, folder, job.model, aim.max_kl)
+    tuner = run.open_run(out, job, folder, template, count, limits, aim)
+    if (summary := run.finished(out, tuner, out.resume, calibrated=True)) is not None:
+        front.show(out, summary, folder, job.model, aim.choose_within)

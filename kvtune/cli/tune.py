@@ -41,6 +41,7 @@ def tune(
     from kvtune.cli import front, plan, run
     from kvtune.cli.job import Job, folder_for, template_of
 
+    run.goal_of(aim, count, 1)  # refused before anything is loaded
     job = Job.of(model, where, text, continuation, seed)
     folder, opened = folder_for(output, model), template_of(template)
     if dry_run:
@@ -50,5 +51,5 @@ def tune(
     out.resume = run.command_line()
     tuner = run.open_run(out, job, folder, opened, count, limits, aim)
     job.save(folder, opened)
-    summary = run.finished(tuner, out.resume)
-    front.show(out, summary, folder, model, aim.max_kl)
+    if (summary := run.finished(out, tuner, out.resume)) is not None:
+        front.show(out, summary, folder, model, aim.choose_within)

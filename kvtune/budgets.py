@@ -1,0 +1,98 @@
+"""Budgets: the surrogate's exact front, the least predicted KL within every size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from kvtune.knapsack import Knapsack, unit_of
+from kvtune.space import SIDES, Side
+from kvtune.surrogate import Assignment, Place, Rung, Surrogate
+
+Size = Callable[[Rung], int]
+
+
+def by_bytes(rung: Rung) -> int:
+    """What a memory budget counts."""
+    return rung.bytes
+
+
+def by_time(rung: Rung) -> int:
+    """What a latency budget counts, in tenths of a microsecond."""
+    return max(1, round(10 * rung.time))
+
+
+class Budgets:
+    """Solves a surrogate for every budget of bytes, or of time.
+
+    Keys and values are two knapsacks. Whatever the growth of their sums into a KL, it rises with
+    either of them, so the best of all ways to split a budget between the two is exact as well.
+    """
+
+    def __init__(self, surrogate: Surrogate, size: Size = by_bytes) -> None:
+        self._surrogate, self._size = surrogate, size
+        self._ladders = {side: self._of(side) for side in SIDES}
+
+    def _of(self, side: Side) -> dict[Place, list[Rung]]:
+        size = self._size
+        found = {}
+        for place, rungs in self._surrogate.rungs.items():
+            if place.side == side:
+                kept: list[Rung] = []
+                for rung in sorted(rungs, key=lambda rung: (size(rung), rung.price)):
+                    if not kept or rung.price < kept[-1].price:
+                        kept.append(rung)
+                found[place] = kept
+        return found
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The least size there is, and that of the dearest settings."""
+        every = [ladder for side in self._ladders.values() for ladder in side.values()]
+        low = sum(self._size(ladder[0]) for ladder in every)
+        return low, sum(self._size(ladder[-1]) for ladder in every)
+
+    def spread(self, count: int, low: float = 0.0, high: float = math.inf) -> list[int]:
+        """Budgets from the least size to the dearest, evenly in logarithms, within limits."""
+        least, most = self.range
+        least, most = max(least, low), min(most, high)
+        if most < least:
+            return []
+        steps = [i / max(1, count - 1) for i in range(count)]
+        return [math.ceil(least * (most / least) ** step) for step in steps]
+
+    def best(self, budget: int) -> Assignment:
+        """The assignment of least predicted KL within a budget.
+
+        Raises:
+            ValueError: nothing is that small.
+        """
+        keys, values = self._solvers
+        units = budget // keys.unit
+        low, high = keys.least, units - values.least
+        if high < low:
+            if budget < self.range[0]:
+                raise ValueError(f"budget {budget} is below the smallest, {self.range[0]}")
+            low = high = keys.least  # sizes that were rounded up to the unit fit all the same
+        splits = np.arange(low, min(high, len(keys.prices) - 1) + 1)
+        rest = np.clip(units - splits, values.least, len(values.prices) - 1)
+        kl = self._surrogate.growth.kl(keys.prices[splits], values.prices[rest])
+        at = int(np.argmin(kl))
+        picked = keys.solve(int(splits[at])), values.solve(int(rest[at]))
+        return {
+            place: ladder[index].chain
+            for side, indices in zip(SIDES, picked, strict=True)
+            for (place, ladder), index in zip(self._ladders[side].items(), indices, strict=True)
+        }
+
+    @cached_property
+    def _solvers(self) -> tuple[Knapsack, Knapsack]:
+        groups = [
+            [[(self._size(rung), rung.price) for rung in ladder] for ladder in side.values()]
+            for side in self._ladders.values()
+        ]
+        unit = unit_of([*groups[0], *groups[1]])
+        return Knapsack(groups[0], unit), Knapsack(groups[1], unit)

@@ -1,0 +1,122 @@
+"""Growth: how the KL of whole recipes grows with the sum of their prices, found by measuring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from kvtune.space import SIDES, Side
+
+TOLERANCE = 0.1  # relative: what sums miss by less is noise
+POWERS = (0.8, 1.6)
+CROSS = (0.0, 2.0)
+TINY = 1e-12  # nats
+
+
+class Reading(NamedTuple):
+    """A probe: the priced sums of keys and of values in nats, and the KL measured."""
+
+    keys: float
+    values: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Growth:
+    """KL = f_k + f_v + cross * sqrt(f_k * f_v), with f = scale * sum ** power on each side.
+
+    Prices of single layers nearly add up for noise (power 1, cross 0), low by a steady factor.
+    Systematic errors compound: their power is above 1. Where keys and values disturb the same
+    directions their effects add up before they are squared: cross is above 0.
+    """
+
+    keys: tuple[float, float] = (1.0, 1.0)  # scale, power
+    values: tuple[float, float] = (1.0, 1.0)
+    cross: float = 0.0
+    missed: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # by how much plain sums missed, at most, relatively: keys, values, both together
+
+    @classmethod
+    def fit(cls, readings: Sequence[Reading]) -> Growth:
+        """Fits one-sided and joint readings; terms beyond a scale only where scales alone miss.
+
+        What is detected: probes of one side whose measured KL is not a steady multiple of its
+        priced sum, by more than a tenth, get a power; joint probes that differ from the sum of
+        both sides by more than a tenth get a cross term.
+        """
+        sides = {side: _one_sided(readings, side) for side in SIDES}
+        fitted = {side: _curve(pairs) for side, pairs in sides.items()}
+        missed = [_spread(pairs) for pairs in sides.values()]
+        alone = cls(fitted["keys"], fitted["values"])
+        joint = [one for one in readings if one.keys > 0 and one.values > 0 and one.measured > 0]
+        off = [one.measured / float(alone.kl(one.keys, one.values)) - 1 for one in joint]
+        worst = max(map(abs, off), default=0.0)
+        cross = alone._cross(joint) if worst > TOLERANCE else 0.0
+        return cls(fitted["keys"], fitted["values"], cross, (missed[0], missed[1], worst))
+
+    @overload
+    def kl(self, keys: float, values: float) -> float: ...
+    @overload
+    def kl(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray: ...
+    def kl(self, keys: Any, values: Any) -> Any:
+        """The KL in nats of priced sums."""
+        f_k, f_v = (a * x**p for (a, p), x in ((self.keys, keys), (self.values, values)))
+        return f_k + f_v + self.cross * (f_k * f_v) ** 0.5
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether sums with a scale of each side were enough."""
+        return self.keys[1] == self.values[1] == 1 and self.cross == 0
+
+    def table(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def of_table(cls, held: Mapping[str, Any]) -> Growth:
+        """Reads `table`; KeyError, TypeError or ValueError for anything else."""
+        pairs = {side: (float(held[side][0]), float(held[side][1])) for side in SIDES}
+        keys, values, both = map(float, held["missed"])
+        return cls(pairs["keys"], pairs["values"], float(held["cross"]), (keys, values, both))
+
+    def _cross(self, joint: Sequence[Reading]) -> float:
+        terms = []
+        for one in joint:
+            f_k, f_v = (float(self.kl(*pair)) for pair in ((one.keys, 0.0), (0.0, one.values)))
+            terms.append((one.measured - f_k - f_v) / math.sqrt(f_k * f_v))
+        return min(max(sum(terms) / len(terms), CROSS[0]), CROSS[1])
+
+
+def _one_sided(readings: Sequence[Reading], side: Side) -> list[tuple[float, float]]:
+    """Priced sum and measured KL of the probes that change this side alone."""
+    pairs = [(one.keys, one.values, one.measured) for one in readings]
+    if side == "values":
+        pairs = [(v, k, measured) for k, v, measured in pairs]
+    return [(own, m) for own, other, m in pairs if own > 0 and not other and m > TINY]
+
+
+def _spread(pairs: Sequence[tuple[float, float]]) -> float:
+    """By how much one scale misses the measured values, at most."""
+    if not pairs:
+        return 0.0
+    scale = _scale(pairs)
+    return max(abs(measured / (scale * priced) - 1) for priced, measured in pairs)
+
+
+def _scale(pairs: Sequence[tuple[float, float]]) -> float:
+    factors = [measured / priced for priced, measured in pairs]
+    return math.prod(factors) ** (1 / len(factors))
+
+
+def _curve(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    if not pairs:  # a context shorter than a block encodes nothing
+        return 1.0, 1.0
+    if len(pairs) < 2 or _spread(pairs) <= TOLERANCE:
+        return _scale(pairs), 1.0
+    x, y = (np.log(np.array(column)) for column in zip(*pairs, strict=True))
+    power = min(max(float(np.polyfit(x, y, 1)[0]), POWERS[0]), POWERS[1])
+    return float(np.exp(np.mean(y - power * x))), power
