@@ -58,11 +58,11 @@ class Budgets:
     def spread(self, count: int, low: float = 0.0, high: float = math.inf) -> list[int]:
         """Budgets from the least size to the dearest, evenly in logarithms, within limits."""
         least, most = self.range
-        least, most = max(least, low), min(most, high)
-        if most < least:
+        first, last = max(least, low), min(most, high)
+        if last < first:
             return []
         steps = [i / max(1, count - 1) for i in range(count)]
-        return [math.ceil(least * (most / least) ** step) for step in steps]
+        return [math.ceil(first * (last / first) ** step) for step in steps]
 
     def best(self, budget: int) -> Assignment:
         """The assignment of least predicted KL within a budget.

@@ -41,11 +41,16 @@ def write_summary(folder: Path, bound: str, summary: Mapping[str, Any]) -> None:
 class Trial(Protocol):
     """A row of a study, as it is written down."""
 
-    number: int
-    origin: str
-    state: str
-    memo_of: int | None
-    attrs: dict[str, float | str]
+    @property
+    def number(self) -> int: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def memo_of(self) -> int | None: ...
+    @property
+    def attrs(self) -> Mapping[str, float | str]: ...
 
 
 def write_trials(folder: Path, objectives: Sequence[str], rows: Iterable[Trial]) -> None:

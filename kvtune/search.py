@@ -104,7 +104,7 @@ class Search:
 
     def _analytic(self, base: Base, policies: tuple[Policy, ...]) -> dict[str, float]:
         """What is known without the model, and what is predicted."""
-        weight = self._weight(policies)
+        weight = self.weight(policies)
         predicted = self.layout.predict(base).kl
         found = {"bytes": float(weight.bytes), "bits": weight.bits, "ratio": weight.ratio}
         time = {"latency": self.speed.recipe(policies)} if self.speed else {}
@@ -137,7 +137,8 @@ class Search:
         names = {"memory": "bytes", "accuracy": kl, "latency": "latency"}
         return tuple(float(attrs[names[name]]) for name in self.goal.objectives)
 
-    def _weight(self, policies: tuple[Policy, ...]) -> Weight:
+    def weight(self, policies: tuple[Policy, ...]) -> Weight:
+        """True bytes at the goal's context and batch; each recipe is counted once."""
         if policies not in self._weights:
             self._weights[policies] = weigh(
                 policies, self.known, self.goal.context, self.goal.batch
@@ -146,7 +147,7 @@ class Search:
 
     def _fits(self, policies: tuple[Policy, ...]) -> bool:
         """Whether policies keep to the limits that need no measuring."""
-        weight = self._weight(policies)
+        weight = self.weight(policies)
         values = {"bytes": float(weight.bytes), "ratio": weight.ratio}
         if self.speed:
             values["latency"] = self.speed.recipe(policies)

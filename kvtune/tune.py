@@ -155,7 +155,7 @@ class Tuner:
             profile = priced_further(self.model, bench.bank, profile, missing, seed, self.say)
         goal = self.settings.goal
         search = Search(bench, profile, self.windows, goal, self.limits, self.speed)
-        self.layout, self.growth = search.layout, search.growth
+        self.searched, self.layout, self.growth = search, search.layout, search.growth
         rows = search.run(
             self.settings.seed,
             on_trial=lambda row, total: self.say("trials", min(row.number + 1, total), total),

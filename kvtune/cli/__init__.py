@@ -17,7 +17,17 @@ ENDINGS = (
 
 def build() -> typer.Typer:
     """The application with all its verbs."""
-    from kvtune.cli import apply, bench, calibrate, doctor, methods, recipe, search, tune
+    from kvtune.cli import (
+        apply,
+        bench,
+        bench_search,
+        calibrate,
+        doctor,
+        methods,
+        recipe,
+        search,
+        tune,
+    )
     from kvtune.cli.verb import add
 
     app = typer.Typer(
@@ -37,8 +47,8 @@ def build() -> typer.Typer:
         add(recipes, work, name, f"recipe.{name}")
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
-    benches = typer.Typer(help="Time kernels, decoding and search trials on this machine.")
-    for name, work in bench.VERBS.items():
+    benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
+    for name, work in {**bench.VERBS, **bench_search.VERBS}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)
     add(app, doctor.doctor, "doctor")

@@ -108,7 +108,7 @@ def kernels(
     from kvtune.bench.kernels import Lab, check_device
 
     shape, chosen = parse_heads(heads), _chosen(ACCEPTANCE, rows)
-    batches, contexts = _counts("--batch", batch), _lengths(context)
+    batches, contexts = counts("--batch", batch), lengths(context)
     of_grid = bool(batches or contexts or formats or heads != USUAL_HEADS)
     if rows and (of_grid or table):
         raise UsageError("--rows choose from the acceptance table: leave out the grid's options.")
@@ -128,11 +128,11 @@ def kernels(
         _judge(out, lab, chosen)
     out.data["cases"] = [timing.table() for timing in lab.timings.values()]
     out.print(timings.cases(lab.timings.values()), ", ".join(ran_on.values()))
-    _write(output, out)
+    write(output, out)
 
 
 def _chosen(every: tuple[Row, ...], rows: str) -> list[Row]:
-    wanted = _counts("--rows", rows)
+    wanted = counts("--rows", rows)
     if odd := set(wanted) - {row.number for row in every}:
         known = ", ".join(map(str, sorted({row.number for row in every})))
         raise UsageError(f"There is no row {min(odd)}.", f"The rows are {known}.")
@@ -187,7 +187,7 @@ def decode(
 
     applied = load(find(recipe)) if recipe else work.usual_recipe()
     batches = _decode_batches(batch, where)
-    loaded = _opened(out, model, where)
+    loaded = opened(out, model, where)
     known = facts(loaded.config)
     more = work.WARM + work.REPEATS * steps + 1
     context = context or max(1, min(USUAL_CONTEXT, known.max_positions - more))
@@ -198,7 +198,7 @@ def decode(
     out.data |= {"model": model, "recipe": recipe or applied.name, "context": context}
     out.data |= {"runs": [asdict(run) for run in runs], **found, **ran_on}
     out.print(timings.runs(runs), *_compared(found["goals"]), ", ".join(ran_on.values()))
-    _write(output, out)
+    write(output, out)
 
 
 def _decode_batches(words: str, where: Where) -> list[int]:
@@ -209,10 +209,11 @@ def _decode_batches(words: str, where: Where) -> list[int]:
     parts = [part.strip() for part in (words or ("1,max" if on_gpu else "1")).split(",")]
     if "max" in parts and not on_gpu:
         raise UsageError("The largest batch is looked for on a GPU only.", "Give --batch 1,2.")
-    return [LARGEST if part == "max" else _counts("--batch", part)[0] for part in parts]
+    return [LARGEST if part == "max" else counts("--batch", part)[0] for part in parts]
 
 
-def _opened(out: Output, model: str, where: Where) -> Any:
+def opened(out: Output, model: str, where: Where) -> Any:
+    """The model that a bench names: the shape of Llama-3.1-8B with random weights, or another."""
     from kvtune.bench.decode import llama_8b, random_model
     from kvtune.cli.job import open_model
     from kvtune.models import pick_device, pick_dtype
@@ -256,13 +257,13 @@ def trials(
     from kvtune.recipe import load
     from kvtune.shipped import find
 
-    lengths = _lengths(contexts)
+    found = lengths(contexts)
     applied = load(find(recipe))
     loaded, tokenizer = open_model(out, model, where)
-    check_length(facts(loaded.config), max(lengths), continuation)
-    documents = read_texts(replace(text, context=max(lengths)), where)["search"]
-    sizes = Sizes(text.sequences, max(lengths), continuation)
-    rows = trial_costs(loaded, tokenizer, documents, applied, sizes, lengths, out.say)
+    check_length(facts(loaded.config), max(found), continuation)
+    documents = read_texts(replace(text, context=max(found)), where)["search"]
+    sizes = Sizes(text.sequences, max(found), continuation)
+    rows = trial_costs(loaded, tokenizer, documents, applied, sizes, found, out.say)
     ran_on = environment(loaded.device)
     out.data |= {"trials": [asdict(row) for row in rows], "repeats": REPEATS, **ran_on}
     table = Table(box=SIMPLE_HEAD)
@@ -281,11 +282,12 @@ def trials(
 VERBS: dict[str, Callable[..., None]] = {"kernels": kernels, "decode": decode, "trials": trials}
 
 
-def _lengths(words: str) -> list[int]:
+def lengths(words: str) -> list[int]:
+    """Reads 512,2k."""
     return [amounts.tokens(word) for word in words.split(",")] if words else []
 
 
-def _counts(option: str, words: str) -> list[int]:
+def counts(option: str, words: str) -> list[int]:
     """Reads 1,8; UsageError for anything but whole numbers above 0."""
     parts = [word.strip() for word in words.split(",")] if words else []
     if odd := [part for part in parts if not part.isdigit() or not int(part)]:
@@ -293,7 +295,8 @@ def _counts(option: str, words: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _write(file: Path | None, out: Output) -> None:
+def write(file: Path | None, out: Output) -> None:
+    """Writes what a bench found, where a file was named."""
     if file is not None:
         write_atomic(file, json.dumps(out.data, indent=1, allow_nan=False).encode())
         out.note(f"The numbers are in {file}.")

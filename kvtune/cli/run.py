@@ -15,10 +15,11 @@ from kvtune.cli.output import Output
 from kvtune.errors import MissingInputError, UsageError
 from kvtune.goal import Bounds, Goal
 from kvtune.models import facts
+from kvtune.publish import Settings
 from kvtune.recipe import Recipe
 from kvtune.search import STUDY, Limits
 from kvtune.study import rows
-from kvtune.tune import Settings, Tuner
+from kvtune.tune import Tuner
 
 
 def open_run(
