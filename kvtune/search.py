@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Search:
             on_trial=on_trial,
         )
 
-    def evaluate(self, choice: Choice) -> Outcome:
+    def evaluate(self, choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
         """Measures one configuration: true bytes and mean KL on the search text."""
         chosen = self.layout.assignment(choice)
         policies = self.layout.policies(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,9 +24,6 @@ class Outcome(NamedTuple):
     attrs: Mapping[str, float | str] = MappingProxyType({})
 
 
-Evaluate = Callable[[Choice], Outcome]
-
-
 @dataclass(frozen=True)
 class Row:
     """A finished trial.
@@ -43,6 +40,9 @@ class Row:
     state: str
     memo_of: int | None
     attrs: Attrs
+
+
+Evaluate = Callable[[Choice, Sequence[Row]], Outcome]  # the rows finished so far, by number
 
 
 class Table:
@@ -87,7 +87,7 @@ def judge(
     if (first := table.seen.get(key(trial.params))) is not None:
         return first.values, first.attrs
     try:
-        values, attrs = evaluate(dict(trial.params))
+        values, attrs = evaluate(dict(trial.params), tuple(table.rows))
     except (ResourceError, MemoryError) as error:
         return None, {"error": str(error) or "out of memory"}
     if len(values) != count:

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -35,7 +35,7 @@ STARTS = (
 )
 
 
-def evaluate(choice: Choice) -> Outcome:
+def evaluate(choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
     """Returns values that follow from the choice alone; the largest fail in two ways."""
     bits = [int(choice[name]) for name in SPACE.variables]
     if sum(bits) > 20:
@@ -47,13 +47,13 @@ def evaluate(choice: Choice) -> Outcome:
     return Outcome((loss, float(sum(bits))), {"first": float(bits[0]), "label": choice["late"]})
 
 
-def slowly(choice: Choice) -> Outcome:
+def slowly(choice: Choice, rows: Sequence[Row]) -> Outcome:
     """Takes 20 ms."""
     time.sleep(0.02)
     return evaluate(choice)
 
 
-def hold(choice: Choice) -> Outcome:
+def hold(choice: Choice, rows: Sequence[Row]) -> Outcome:
     """Says that it has begun and never ends."""
     print("held", flush=True)
     while True:
@@ -82,7 +82,7 @@ class Counting:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, choice: Choice) -> Outcome:
+    def __call__(self, choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
         """Trades a loss against bytes."""
         self.calls.append(tuple(choice.values()))
         bits = [int(x) for x in choice.values()]
@@ -91,7 +91,7 @@ class Counting:
 
 def small(
     base: Path,
-    evaluate: Callable[[Choice], Outcome],
+    evaluate: Evaluate,
     trials: int,
     *,
     space: Space = SMALL,

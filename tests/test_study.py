@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -124,7 +125,7 @@ def test_starts_beyond_the_trials_wait_for_a_resume(base: Path) -> None:
 
 
 def test_infeasible_rows_stay_out_of_the_front_and_the_search_goes_on(base: Path) -> None:
-    def tight(choice: Choice) -> Outcome:
+    def tight(choice: Choice, rows: Sequence[Row]) -> Outcome:
         if choice["keys"] == "2":
             raise ResourceError("out of memory: 3 GB asked")
         bytes_ = float("inf") if choice["values"] == "2" else 1.0
@@ -149,7 +150,7 @@ def test_infeasible_rows_stay_out_of_the_front_and_the_search_goes_on(base: Path
 def test_no_trial_starts_after_the_time(base: Path) -> None:
     assert small(base, Counting(), 6, seconds=0.0) == []
 
-    def slow(choice: Choice) -> Outcome:
+    def slow(choice: Choice, rows: Sequence[Row]) -> Outcome:
         time.sleep(0.2)
         return Outcome((1.0, 1.0))
 
