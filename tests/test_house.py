@@ -42,9 +42,9 @@ FLOORS = (
     "cli.options cli.progress cli.timings",
     "cli.output cli.estimate cli.verdicts",
     "cli.front cli.generate cli.job cli.junit cli.markdown cli.verb",
-    "cli.gates cli.plan cli.reports cli.run",
+    "cli.gates cli.plan cli.report cli.reports cli.run",
     "cli.checks",
-    "cli.apply cli.bench cli.calibrate cli.doctor cli.methods cli.recipe cli.report cli.search cli.tune",
+    "cli.apply cli.bench cli.calibrate cli.doctor cli.methods cli.recipe cli.search cli.tune",
     "cli",
     "__main__",
 )

@@ -17,7 +17,7 @@ ENDINGS = (
 
 def build() -> typer.Typer:
     """The application with all its verbs."""
-    from kvtune.cli import apply, bench, calibrate, doctor, methods, recipe, search, tune
+    from kvtune.cli import apply, bench, calibrate, doctor, methods, recipe, report, search, tune
     from kvtune.cli.verb import add
 
     app = typer.Typer(
@@ -32,6 +32,7 @@ def build() -> typer.Typer:
     add(app, calibrate.calibrate, "calibrate")
     add(app, search.search, "search")
     add(app, apply.apply, "apply")
+    add(app, report.report, "report")
     recipes = typer.Typer(help="Read, check and compare recipes; no model is loaded.")
     for name, work in recipe.VERBS.items():
         add(recipes, work, name, f"recipe.{name}")
