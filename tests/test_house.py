@@ -17,16 +17,16 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "errors",
+    "errors owners",
     "files knapsack marks rope spans bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage tensors texts bench.store",
-    "models pages table bench.kernels",
-    "attention recipe methods.* bench.latency",
-    "fused rows space",
+    "leases models pages table bench.kernels",
+    "attention recipe workers methods.* bench.latency",
+    "commons fused rows space",
     "layer profile",
     "cache",
-    "bank surrogate bench.decode",
+    "bank lm_eval surrogate bench.decode",
     "layout measure moments study",
     "distortion prices prove",
     "baseline calibrate front search",
