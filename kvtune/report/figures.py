@@ -20,6 +20,8 @@ from kvtune.report.prices import PriceTable
 
 Figure = dict[str, Any]
 INK, MUTED, LINE = "var(--ink)", "var(--muted)", "var(--line)"
+MOST_TICKS = 4  # on a colour bar of a narrow screen
+TOP = 44  # px above a heat map: its colour bar
 RAMP = [[step / 4, f"var(--ramp-{step})"] for step in range(5)]
 
 
@@ -71,6 +73,7 @@ def _layer_axis(count: int) -> dict[str, Any]:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if count / step <= 11)
     return {
         "title": titled("layer"),
+        "range": [-0.5, count - 0.5],
         "tickmode": "array",
         "tickvals": list(range(0, count, step)),
         "showgrid": False,
@@ -92,6 +95,7 @@ def _bar(title: str, values: Sequence[float], texts: Sequence[str]) -> dict[str,
         "tickvals": list(values),
         "ticktext": list(texts),
         "tickfont": {"color": MUTED, "size": 12},
+        "tickangle": 0,
         "title": {"text": escape(title), "font": {"color": MUTED, "size": 12}, "side": "top"},
     }
 
@@ -130,7 +134,7 @@ def layer_map(layers: Sequence[Layer], heads: int) -> Figure:
     bar = _bar("bits per code", [math.log2(bits) for bits in known], [f"{b:g}" for b in known])
     heat = _heat(logs, names, texts, bar, math.log2(known[0]), 4.0)
     made = figure([heat], _layer_axis(len(layers)), _rows_axis())
-    made["layout"]["margin"] = {"l": 8, "r": 12, "t": 52, "b": 8}
+    made["layout"]["margin"] = {"l": 8, "r": 12, "t": TOP, "b": 8}
     return made
 
 
@@ -155,13 +159,18 @@ def price_map(table: PriceTable) -> Figure:
         [hover(f"layer {table.layers[j]}, {name}", *table.told(i, j)) for j in range(len(z[i]))]
         for i, name in enumerate(table.names)
     ]
-    powers = [power for power in range(math.ceil(low), math.floor(high) + 1)]
-    bar = _bar("KL in nats", powers, [significant(10.0**power, 1) for power in powers])
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    few = powers[:: -(-len(powers) // MOST_TICKS) or 1]
+    bar = _bar("KL in nats", few, [_power(power) for power in few])
     heat = _heat(z, list(table.names), texts, bar, low, high)
     heat["x"] = list(table.layers)
     made = figure([heat], _layer_axis(max(table.layers, default=0) + 1), _rows_axis())
-    made["layout"]["margin"] = {"l": 8, "r": 12, "t": 52, "b": 8}
+    made["layout"]["margin"] = {"l": 8, "r": 12, "t": TOP, "b": 8}
     return made
+
+
+def _power(power: int) -> str:
+    return significant(10.0**power, 1) if power >= -3 else f"1e{power}"
 
 
 def _log(price: float | None, low: float) -> float | None:
@@ -186,24 +195,34 @@ def spectrum(energy: Tensor, ranks: Mapping[float, Sequence[int]]) -> Figure:
     bar = _bar("share of energy", ticks, [f"{100 * tick:.0f} %" for tick in ticks])
     heat = _heat(z, [], texts, bar, low, 1.0) | {"xgap": 0, "ygap": 0}
     heat["y"] = list(range(1, len(z) + 1))
-    lines = [_reached(wanted, found) for wanted, found in ranks.items()]
+    lines = [_reached(found) for found in ranks.values()]
     y = {"title": titled("directions kept"), "range": [0.5, len(z) + 0.5], "showgrid": False}
     made = figure([heat, *lines], _layer_axis(energy.shape[0]), y)
-    made["layout"]["margin"] = {"l": 8, "r": 44, "t": 52, "b": 8}
+    made["layout"]["annotations"] = [_beside(share, found) for share, found in ranks.items()]
+    made["layout"]["margin"] = {"l": 8, "r": 44, "t": TOP, "b": 8}
     return made
 
 
-def _reached(share: float, ranks: Sequence[int]) -> Figure:
-    name = f"{100 * share:.0f} %"
+def _reached(ranks: Sequence[int]) -> Figure:
+    """A line of steps over the layers, half a layer beyond both ends."""
     return {
         "type": "scatter",
-        "mode": "lines+text",
-        "x": list(range(len(ranks))),
-        "y": list(ranks),
-        "text": ["" for _ in ranks[1:]] + [name],
-        "textposition": "middle right",
-        "textfont": {"color": MUTED, "size": 12},
-        "cliponaxis": False,
-        "line": {"color": "var(--over)", "width": 1.5, "shape": "hvh"},
+        "mode": "lines",
+        "x": [-0.5, *range(len(ranks)), len(ranks) - 0.5],
+        "y": [ranks[0], *ranks, ranks[-1]],
+        "line": {"color": "var(--over)", "width": 2, "shape": "hvh"},
         "hoverinfo": "skip",
+    }
+
+
+def _beside(share: float, ranks: Sequence[int]) -> Figure:
+    """What a line is for, to the right of its end."""
+    return {
+        "text": f"{100 * share:.0f} %",
+        "x": len(ranks) - 0.5,
+        "y": ranks[-1],
+        "xanchor": "left",
+        "xshift": 4,
+        "showarrow": False,
+        "font": {"color": MUTED, "size": 12},
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+WIDE = 6  # columns; in wider tables the first one stays where it is
 VOID = frozenset({"link", "meta"})  # elements that have no end
 
 
@@ -88,11 +89,13 @@ def table(
             made.append(tag(found, item, scope=scope if heads else None, class_=number))
         return tag("tr", *made)
 
+    names = list(head)
     inside = tag(
         "table",
         tag("caption", caption),
-        tag("thead", cells("th", head, "col")),
+        tag("thead", cells("th", names, "col")),
         tag("tbody", *(cells("td", row, "row") for row in rows)),
+        class_="wide" if len(names) > WIDE else None,
     )
     # what scrolls must be reachable with the keyboard
     return tag("div", inside, class_="scrolls", tabindex=0, role="region", aria_label=caption)

@@ -99,7 +99,7 @@
   const system = matchMedia("(prefers-color-scheme: dark)");
   const toggle = document.getElementById("theme");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const told = () => toggle.setAttribute("aria-pressed", String(isDark()));
+  const told = () => { toggle.textContent = isDark() ? "Light theme" : "Dark theme"; };
   const retheme = () => { told(); drawAll(); };
   toggle.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";

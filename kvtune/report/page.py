@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 
@@ -72,7 +73,7 @@ def _head(title: str) -> Markup:
 
 def _header(run: Run, names: tuple[str, ...]) -> Markup:
     links = [tag("a", NAMES[name], href=f"#{name}") for name in names]
-    toggle = tag("button", "Dark theme", type="button", id="theme", aria_pressed="false")
+    toggle = tag("button", "Dark theme", type="button", id="theme")
     return tag(
         "header",
         tag("div", tag("p", "kvtune report", class_="brand"), toggle, class_="bar"),
@@ -82,7 +83,7 @@ def _header(run: Run, names: tuple[str, ...]) -> Markup:
 
 
 def _headline(run: Run) -> Markup:
-    said: list[Child] = [tag("p", sentences.headline(run), class_="lead")]
+    said: list[Child] = [tag("p", _unbroken(sentences.headline(run)), class_="lead")]
     if point := run.chosen:
         told: dict[str, Child] = {
             "times smaller": f"{point.ratio:.2f}",
@@ -90,8 +91,13 @@ def _headline(run: Run) -> Markup:
             "KL in nats": numbers.significant(point.kl),
             f"at {point.bytes_context:,} tokens": size(point.bytes),
         }
-        said += [tag("p", sentences.plainly(point)), _figures(told)]
+        said += [tag("p", _unbroken(sentences.plainly(point))), _figures(told)]
     return tag("div", *said, class_="headline")
+
+
+def _unbroken(text: str) -> str:
+    """A text in which no line ends between a number and its unit."""
+    return re.sub(r"(\d) (?=(?:bytes|[kMGT]B|%|nats)\b|%)", "\\1\u00a0", text)
 
 
 def _figures(told: dict[str, Child]) -> Markup:

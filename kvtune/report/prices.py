@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,12 @@ def _row(cell: Cell) -> Row:
     return cell.setting, cell.sinks, cell.recent
 
 
-def _size(row: Row) -> tuple[float, Row]:
+def _size(row: Row) -> tuple[float, tuple[tuple[int, str], ...], Row]:
     codecs = [parts.parse(one) for one in json.loads(row[0])]
     bits = [codec.payload_bits for codec in codecs if isinstance(codec, Codec)]
-    return min(bits, default=16.0), row
+    # 32 comes before 128, as no text would have it
+    natural = tuple((len(word), word) for word in re.findall(r"\d+", row[0]))
+    return min(bits, default=16.0), natural, row
 
 
 def _names(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from kvtune.report import numbers, scatter, sentences
 from kvtune.report.figures import Figure, layer_map
 from kvtune.report.folder import Run
 from kvtune.report.layers import Layer
-from kvtune.report.markup import Child, Markup, joined, table, tag
+from kvtune.report.markup import Child, Markup, table, tag
 from kvtune.report.records import Candidate, Point, Summary
 
 Figures = dict[str, Figure]
@@ -126,7 +126,7 @@ def _point(index: int, point: Point, chosen: bool, timed: bool) -> list[Child]:
     )
     mark = tag("span", "chosen", class_="chosen") if chosen else None
     return [
-        joined([button, mark]),
+        tag("span", button, mark, class_="named"),
         f"{point.ratio:.2f}x",
         size(point.bytes),
         numbers.significant(point.kl),
@@ -182,7 +182,7 @@ def _panel(run: Run, index: int, point: Point, chosen: bool, figures: Figures) -
     mark = tag("span", "chosen", class_="chosen") if chosen else None
     return tag(
         "article",
-        tag("h3", joined([title, " ", mark] if mark else [title]), tabindex=-1),
+        tag("h3", tag("span", title, mark, class_="named")),
         numbers_of(told),
         tag("p", rival) if (rival := sentences.uniform_rival(point)) else None,
         *_body(run, index, point, figures),

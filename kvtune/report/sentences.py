@@ -24,8 +24,8 @@ def plainly(point: Point) -> str:
     """The same in bytes and tokens."""
     return (
         f"{point.bytes_context:,} tokens take {size(point.bytes)} instead of "
-        f"{size(point.bytes * point.ratio)}, and {percent(point.flips)} of the next tokens "
-        "would be others."
+        f"{size(point.bytes * point.ratio)}, and {percent(point.flips)} of next-token "
+        "choices differ."
     )
 
 
