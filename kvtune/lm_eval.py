@@ -21,6 +21,7 @@ from kvtune.cache import load
 from kvtune.errors import UnsupportedError
 from kvtune.layer import CompressedLayer
 from kvtune.models import load_model
+from kvtune.placement import input_device
 from kvtune.recipe import Recipe
 
 CHUNK = 512  # tokens whose logits are held at once; scores do not depend on it
@@ -81,6 +82,7 @@ class KvtuneLM(HFLM):
         self._recipe = given if isinstance(given, Recipe) else recipes.load(given)
         self._compresses = any(isinstance(own, CompressedLayer) for own in self._empty.layers)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **more)
+        self._device = input_device(pretrained)
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands in the harness's results: its own facts, and which recipe was applied."""
