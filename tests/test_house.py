@@ -39,7 +39,7 @@ FLOORS = (
     "report.evidence",
     "report.page",
     "report",
-    "cli.options cli.progress cli.timings",
+    "cli.options cli.progress cli.timings cli.workers",
     "cli.output cli.estimate cli.verdicts",
     "cli.front cli.generate cli.job cli.junit cli.markdown cli.verb",
     "cli.gates cli.plan cli.report cli.reports cli.run",
