@@ -22,12 +22,22 @@
 
   const isFront = (place) => place.id === "chart-front";
 
-  /* The ring of the front's second trace lies around the point that is shown. */
+  /* The ring lies around the point that is shown. */
   const ringed = (figure) => {
-    const [points, ring] = figure.data;
+    const [ring, points] = ["ring", "front"].map((uid) => figure.data.find((own) => own.uid === uid));
     ring.x = [points.x[shown]];
     ring.y = [points.y[shown]];
     return figure;
+  };
+
+  /* The point of the front whose mark is under the pointer, even where another mark covers it. */
+  const nearest = (place, x, y) => {
+    const far = [...place.querySelectorAll(".tracefront .point")].map((mark) => {
+      const box = mark.getBoundingClientRect();
+      return Math.hypot(box.left + box.width / 2 - x, box.top + box.height / 2 - y);
+    });
+    const least = Math.min(...far);
+    return least <= 14 ? far.indexOf(least) : -1;
   };
 
   const draw = (place, width) => {
@@ -36,16 +46,17 @@
     const figure = isFront(place) ? ringed(copy) : copy;
     figure.layout.font.family = getComputedStyle(document.body).fontFamily;
     if (width) figure.layout.width = width;
-    Plotly.react(place, figure.data, figure.layout, { displayModeBar: false, responsive: !width });
+    Plotly.react(place, figure.data, figure.layout, { displayModeBar: false });
     if (isFront(place) && !place.dataset.heard) {
       place.dataset.heard = "yes";
-      place.on("plotly_click", (event) => {
-        const at = event.points.find((point) => point.customdata !== undefined);
-        if (at) show(at.customdata);
+      place.on("plotly_click", ({ event }) => {
+        const index = nearest(place, event.clientX, event.clientY);
+        if (index >= 0) show(index);
       });
     }
   };
-  const drawAll = (width) => document.querySelectorAll(".chart").forEach((place) => draw(place, width));
+  const charts = [...document.querySelectorAll(".chart")];
+  const drawAll = (width) => charts.forEach((place) => draw(place, width));
 
   const show = (index) => {
     document.getElementById(`point-${shown}`).hidden = true;
@@ -107,14 +118,22 @@
   });
   system.addEventListener("change", retheme);
 
+  let printing = false;
+  addEventListener("resize", () => {
+    if (printing) return;
+    charts.filter((place) => place.offsetParent).forEach((place) => Plotly.Plots.resize(place));
+  });
+
   /* paper is light and 17 cm wide */
   let before;
   addEventListener("beforeprint", () => {
+    printing = true;
     before = root.dataset.theme;
     root.dataset.theme = "light";
     drawAll(640);
   });
   addEventListener("afterprint", () => {
+    printing = false;
     if (before) root.dataset.theme = before;
     else delete root.dataset.theme;
     drawAll();

@@ -27,22 +27,22 @@ def front(summary: Summary, axis: str, kind: str) -> Figure:
     """The front over an axis. One pass compares all candidates on the same positions; by
     generation there are proved points only, with their intervals.
 
-    The first trace holds the proved points in their order; the second is the ring around the one
-    that is shown, which the page moves.
+    The page knows two traces by their uid: the proved points in their order, on top of all else,
+    and the ring around the one that is shown, which it moves.
     """
     points = summary.points
     own = _kl(kind)
     proved = _marks("the front", points, axis, own, _proved, "front", "circle", 11)
     proved |= {"mode": "lines+markers", "line": {"color": "var(--front)", "width": 1.5}}
-    proved["customdata"] = list(range(len(points)))
+    proved |= {"uid": "front", "legendrank": 1}
     if kind == "generation":
         proved["error_y"] = _error(points)
     shown = points[summary.chosen]
     ring = _marks("shown below", [shown], axis, own, _proved, "ink", "circle-open", 19)
-    ring |= {"hoverinfo": "skip", "hovertemplate": None}
+    ring |= {"uid": "ring", "legendrank": 2, "hoverinfo": "skip", "hovertemplate": None}
     ring["marker"]["line"] = {"width": 2, "color": "var(--ink)"}
     others = _others(summary, axis) if kind == "pass" else []
-    made = figure([proved, ring, *others], _x(summary, axis), _y(kind), **_legend())
+    made = figure([*others, ring, proved], _x(summary, axis), _y(kind), **_legend())
     _dense(made, summary, axis)
     return made
 
