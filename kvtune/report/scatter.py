@@ -129,15 +129,14 @@ def _others(summary: Summary, axis: str) -> list[Figure]:
 
 
 def _x(summary: Summary, axis: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": "log", "title": titled(AXES[axis])}
-    values = [getattr(own, axis) for own in (*summary.points, *summary.held_out)]
-    known = [value for value in values if value]
+    title = {"title": titled(AXES[axis])}
+    if axis == "latency":  # it varies far less than sizes do
+        return title
     if axis == "bits":
-        return found | {"tickvals": [1, 1.5, 2, 3, 4, 6, 8, 12, 16]}
-    return found | {
-        "tickvals": (ticks := _ladder(known)),
-        "ticktext": [_tick(axis, v) for v in ticks],
-    }
+        return {**title, "type": "log", "tickvals": [1, 1.5, 2, 3, 4, 6, 8, 12, 16]}
+    ticks = _ladder([own.bytes for own in (*summary.points, *summary.held_out)])
+    names = [size(tick).replace(".0 ", " ") for tick in ticks]
+    return {**title, "type": "log", "tickvals": ticks, "ticktext": names}
 
 
 def _ladder(values: Sequence[float]) -> list[float]:
@@ -145,10 +144,6 @@ def _ladder(values: Sequence[float]) -> list[float]:
     low, high = min(values) / 2, max(values) * 8
     steps = (digit * 10.0**power for power in range(-3, 16) for digit in (1, 2, 5))
     return [step for step in steps if low <= step <= high]
-
-
-def _tick(axis: str, value: float) -> str:
-    return size(value).replace(".0 ", " ") if axis == "bytes" else f"{value:,g}"
 
 
 def _y(kind: str) -> dict[str, Any]:
