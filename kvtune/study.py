@@ -209,8 +209,9 @@ def _tell(study: Study, trial: FrozenTrial, verdict: Verdict) -> None:
     live.set_user_attr(ATTRS, verdict.attrs)
     if excess:  # from here on the verdict stands: a constraint cannot be set a second time
         live.set_user_attr(JUDGED, {"values": verdict.values, "excess": excess})
-    for name in excess.keys() - trial.constraints.keys():
-        live.set_constraint(name, excess[name])
+    for name, value in excess.items():
+        if name not in trial.constraints:
+            live.set_constraint(name, value)
     if verdict.values is not None:
         study.tell(live, verdict.values)
     else:  # without a broken constraint Optuna 5 takes it for feasible, and worse than a full one
