@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvtune.attention import NAME, Reading, causal
 from kvtune.errors import UsageError
 from kvtune.models import Facts, facts
+from kvtune.placement import input_device
 from kvtune.texts import Document, sequences
 
 
@@ -38,6 +39,7 @@ class Bank:
     """N sequences of C context and M continuation tokens under
     the dense model; it depends on no recipe.
 
+    Each layer's tensors are on that layer's device, tokens and logp on the one that takes tokens.
     Full-attention layers hold the context's post-RoPE keys and values [N, H, C, D] and the queries
     [N, Hq, W, D] of its last tokens; sliding layers stand as transformers left them.
     """
@@ -133,7 +135,7 @@ def build(
             "Give a smaller --context.",
         )
     model.set_attn_implementation(NAME)
-    tokens = tokens.to(model.device)
+    tokens = tokens.to(input_device(model))
     kept: list[tuple[dict[int, Tensor], Cache]] = []
     logp = []
     for row in tokens.split(1):
@@ -142,7 +144,7 @@ def build(
         model(row[:, :context], past_key_values=cache, logits_to_keep=1)
         kept.append((queries, _context_of(cache)))
         out = model(row[:, context:-1], past_key_values=_dense(cache))
-        logp.append(out.logits.float().log_softmax(-1))
+        logp.append(out.logits.to(tokens.device).float().log_softmax(-1))
     full = known.compressible()
     return Bank(
         tokens,

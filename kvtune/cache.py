@@ -3,6 +3,7 @@ transformers cache; and what a recipe weighs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from kvtune import recipe as recipes
 from kvtune.attention import NAME
 from kvtune.errors import IntegrityError
 from kvtune.layer import CompressedLayer, Shared
-from kvtune.models import Facts, facts, fingerprint, ropes
+from kvtune.models import Facts, facts, fingerprint, places, ropes
 from kvtune.pages import MakeSite
 from kvtune.parts import Site
+from kvtune.placement import input_device
 from kvtune.recipe import Policy, Recipe
 from kvtune.rope import Rope
 from kvtune.tensors import Artifact
@@ -136,7 +138,13 @@ def _tensors(recipe: Recipe, folder: Path | None, model: Any) -> Mapping[str, Te
     if folder is None:
         raise IntegrityError("The recipe has tensors beside it: load it by its path.")
     artifact = Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256)
-    return {name: tensor.to(model.device) for name, tensor in artifact.tensors.items()}
+    # what belongs to a layer lives where that layer computes
+    found, first = places(model), input_device(model)
+    moved = {}
+    for name, tensor in artifact.tensors.items():
+        layer = re.match(r"layer\.(\d+)\.", name)
+        moved[name] = tensor.to(found.get(int(layer[1]), first) if layer else first)
+    return moved
 
 
 class Weight(NamedTuple):

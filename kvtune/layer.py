@@ -84,6 +84,13 @@ class CompressedLayer(CacheLayerMixin):
     ) -> Tensor:
         """Answers query [B, Hq, n, D] over all tokens so far, under
         transformers' mask (None or [B, 1, n, T])."""
+        # kernels start on the current device, whichever their tensors live on
+        with torch.cuda.device_of(query):
+            return self._attend(query, mask, scale, softcap)
+
+    def _attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
         assert self._incoming is not None, "attend follows update"
         (keys, values), self._incoming = self._incoming, None
         pads = self._shared.paddings(mask, keys.shape[0])
@@ -108,8 +115,9 @@ class CompressedLayer(CacheLayerMixin):
         densely, as a prompt's forward would leave it."""
         self.lazy_initialization(keys, values)
         self.seen = keys.shape[2]
-        self._open(None, keys)
-        self.groups[0].rows.fill(keys, values)
+        with torch.cuda.device_of(keys):
+            self._open(None, keys)
+            self.groups[0].rows.fill(keys, values)
 
     def fork(self) -> CompressedLayer:
         """A copy-on-write twin."""

@@ -55,6 +55,7 @@ def _columns(quality: Quality) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _compare_row(dense: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.to(dense.device)  # a spread model may answer on its last device
     logp = logits.float().log_softmax(-1)
     kl = kl_div(logp, dense, reduction="none", log_target=True).sum(-1)
     flips = (dense.argmax(-1) != logits.argmax(-1)).float()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvtune.demo import LABEL, demo_folder
 from kvtune.errors import MissingInputError, ResourceError, UnsupportedError, UsageError, suggest
 from kvtune.files import canonical_json
+from kvtune.placement import DEVICE_MAPS, input_device, layer_devices, weights
 from kvtune.rope import Rope
 
 FULL = "full_attention"
@@ -107,7 +108,11 @@ def _refuse_unsupported(config: Any, text: Any) -> None:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str = "auto", offline: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    offline: bool = False,
+    device_map: str = "",
 ) -> tuple[Any, Any]:
     """Loads model and tokenizer by `demo`, a local folder
     (safetensors or one GGUF file) or a hub id.
@@ -115,36 +120,60 @@ def load_model(
     Never runs remote code. `auto` is float32 on a CPU (bfloat16 noise hides what 8 bits cost) and
     bfloat16 on a GPU.
 
+    Args:
+        device_map: how accelerate spreads the model over all GPUs and the CPU ("auto"), in place
+            of one device.
+
     Raises:
         MissingInputError: no such model, or not cached and offline.
         UnsupportedError: see `facts`.
         ResourceError: out of memory.
+        UsageError: no such device, dtype or device map, or a device beside a device map.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = pick_device(device)
     options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
+    spread = _spread(device_map, device)
     source = _source(name, offline, options)
     try:
         facts(AutoConfig.from_pretrained(source, **options))
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=pick_dtype(dtype, place), attn_implementation="sdpa", **options
+            source, dtype=pick_dtype(dtype, place), attn_implementation="sdpa", **spread, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if "offload" in reason:
+            what = f"{name} does not fit into the memory of all GPUs and the CPU together."
+            raise ResourceError(what, "Give a smaller model or a machine with more.") from error
         hint = (
             suggest(name, ("demo",))
             if len(name) < 8
             else "Give a hub id, a local folder, or `demo`."
         )
         raise MissingInputError(f"The model {name!r} cannot be loaded: {reason}", hint) from error
+    model = model.eval().requires_grad_(False)
     try:
-        return model.eval().requires_grad_(False).to(place), tokenizer
+        return model if spread else model.to(place), tokenizer
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"{name} does not fit into the memory of {place}.", "Use --device cpu."
+            f"{name} does not fit into the memory of {place}.",
+            "Use --device-map auto, or --device cpu.",
         ) from error
+
+
+def _spread(device_map: str, device: str) -> dict[str, str]:
+    """The option of from_pretrained that spreads a model over devices, or none."""
+    if not device_map:
+        return {}
+    if device != "auto":
+        what = f"--device {device} is one device, --device-map {device_map} spreads over all."
+        raise UsageError(what, "Leave one of them out.")
+    if device_map not in DEVICE_MAPS:
+        hint = suggest(device_map, DEVICE_MAPS)
+        raise UsageError(f"There is no device map {device_map!r}.", hint)
+    return {"device_map": device_map}
 
 
 def _source(name: str, offline: bool, options: dict[str, Any]) -> str:
@@ -208,17 +237,23 @@ def fingerprint(model: Any) -> str:
     # not the architecture, which a config has only once it was saved
     shape = [text.model_type, [vars(layer) for layer in known.layers], known.vocab, rope]
     total = hashlib.sha256(canonical_json(shape).encode())
-    weights = {name: w for name, w in model.state_dict().items() if _KV_WEIGHT.search(name)}
-    if not weights:
+    # accelerate may keep weights off the model, where state_dict has none
+    held = {name: w.to(torch.bfloat16) for name, w in weights(model, _KV_WEIGHT)}
+    if not held:
         raise UnsupportedError(
             f"{type(model).__name__} names its key and value weights in a way that kvtune does not "
             "know, so it cannot be told from other models."
         )
-    for name, weight in sorted(weights.items()):
-        raw = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+    for name, weight in sorted(held.items()):
+        raw = weight.contiguous().view(torch.uint8)
         total.update(f"{name} {tuple(weight.shape)} ".encode())
         total.update(raw.numpy().tobytes())
     return f"sha256:{total.hexdigest()}"
+
+
+def places(model: Any) -> dict[int, torch.device]:
+    """The device of each layer's keys and values: more than one under a device map."""
+    return layer_devices(model, _KV_WEIGHT)
 
 
 def ropes(model: Any) -> dict[int, Rope]:
@@ -260,7 +295,7 @@ def _turns_back(model: Any, rope: Rope) -> bool:
     distances, so pre-RoPE keys must come out equal."""
     from transformers import DynamicCache
 
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     layer = facts(model.config).compressible()[0]
     tokens = (
         torch.arange(1, 9, device=device)[None]
@@ -276,10 +311,3 @@ def _turns_back(model: Any, rope: Rope) -> bool:
         plain.append(rope.unturn(keys.float(), positions))
     error = (plain[0] - plain[1]).norm() / plain[0].norm()
     return bool(error < (1e-3 if model.dtype == torch.float32 else 3e-2))
-
-
-def embedding(model: Any) -> nn.Module:
-    """The input embedding, which tells the model's device."""
-    module = model.get_input_embeddings()
-    assert isinstance(module, nn.Module)
-    return module

@@ -48,8 +48,9 @@ class Moments:
         for side in ("keys", "values", "queries"):
             places = sorted(place for place in self._sums if place[0] == side)
             for name, index in (("means", 0), ("moments", 1)):
-                rows = [self._sums[place][index] / self._counts[place] for place in places]
-                found[f"{name}.{side}"] = torch.stack(rows).float().cpu()
+                # on the CPU: layers may live on different devices
+                rows = [(self._sums[own][index] / self._counts[own]).cpu() for own in places]
+                found[f"{name}.{side}"] = torch.stack(rows).float()
         return found
 
 
@@ -75,7 +76,7 @@ def attention_mass(bank: Bank, sinks: int = 4, recent: int = 64) -> dict[str, Te
         )
     names = ("mass.sinks", "mass.recent", "mass.entropy", "mass.coverage90")
     return {
-        name: torch.stack([stat.mean((0, 2)) for stat in column]).cpu()
+        name: torch.stack([stat.mean((0, 2)).cpu() for stat in column])
         for name, column in zip(names, zip(*rows, strict=True), strict=True)
     }
 

@@ -132,10 +132,10 @@ def _answers(layer: CompressedLayer, pull: Pull) -> Tensor:
 def table(
     bench: Bench, cells: Sequence[tuple[int, Policy]], found: dict[int, Pull], progress: Progress
 ) -> Tensor:
-    """Prices all cells [cells, H + 1]."""
+    """Prices all cells [cells, H + 1], on the CPU: layers may live on different devices."""
     rows = []
     for index, (layer, policy) in enumerate(cells):
-        rows.append(price(bench, layer, policy, found[layer]))
+        rows.append(price(bench, layer, policy, found[layer]).cpu())
         progress(index + 1, len(cells))
     return torch.stack(rows)
 

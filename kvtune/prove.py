@@ -107,6 +107,7 @@ class Proof:
     ratio: float
     bits: float
     payload_bits: float
+    rows: tuple[tuple[float, float], ...] = ()  # mean KL and flips of each sequence
 
     @classmethod
     def of(
@@ -132,11 +133,17 @@ class Proof:
             weight.ratio,
             weight.bits,
             weight.payload_bits,
+            tuple(zip(_row_means(quality.kl), _row_means(quality.flips), strict=True)),
         )
 
     def table(self) -> dict[str, Any]:
-        """Plain values, rounded to what they can mean."""
-        return {name: _rounded(value) for name, value in asdict(self).items()}
+        """Plain values, rounded to what they can mean; without `rows`."""
+        return {name: _rounded(value) for name, value in asdict(self).items() if name != "rows"}
+
+
+def _row_means(values: Tensor) -> list[float]:
+    means: list[float] = values.double().mean(1).tolist()
+    return means
 
 
 def _rounded(value: float) -> float:

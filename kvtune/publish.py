@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from kvtune import runs
 from kvtune.bank import Bank, Sizes
 from kvtune.cache import Weight, weigh
 from kvtune.calibrate import find_ropes
+from kvtune.errors import ResourceError
 from kvtune.files import write_atomic
 from kvtune.front import (
     Candidate,
@@ -79,9 +81,10 @@ class Publisher:
         bench = Bench(self.model, bank, find_ropes(self.model))
         chosen = worth_measuring(rows, layout, most + 2)
         measured: list[Candidate] = []
-        for origin, base in chosen:
-            measured.append(held_out(bench, layout, origin, base, self.speed))
-            self.say("held-out text", len(measured), len(chosen))
+        for done, (origin, base) in enumerate(chosen, 1):
+            with suppress(ResourceError):  # what does not fit into memory is no candidate
+                measured.append(held_out(bench, layout, origin, base, self.speed))
+            self.say("held-out text", done, len(chosen))
         runs.clear_front(self.folder)
         points: list[Point] = []
         proved = worth_proving(measured, most)

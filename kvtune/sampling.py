@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Set
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from random import Random
-from typing import Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
@@ -122,16 +121,13 @@ def _digest(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class History(Protocol):
+@dataclass(frozen=True)
+class Past:
     """What the next configuration depends on besides the study's finished trials."""
 
-    @property
-    def repeats(self) -> int:
-        """The number of memo answers at the end of the table."""
-
-    @property
-    def seen(self) -> Container[str]:
-        """The keys of all configurations in the table."""
+    repeats: int  # memo answers at the end of the table
+    seen: Set[str]  # the keys of all configurations in the table
+    busy: Set[str] = frozenset()  # the keys of those that other workers evaluate now
 
 
 def generator(seed: int, number: int) -> Random:
@@ -139,23 +135,33 @@ def generator(seed: int, number: int) -> Random:
     return Random(sha256(f"{seed}:{number}".encode()).digest())
 
 
-def unseen(space: Space, index: int, seen: Container[str]) -> Choice:
+def unseen(space: Space, index: int, seen: Set[str]) -> Choice:
     """Walks on from an index to a configuration not seen yet; there must be one."""
     while key(choice := space.at(index)) in seen:
         index = (index + 1) % space.size
     return choice
 
 
-def propose(study: Study, plan: Plan, number: int, past: History) -> Seeded:
-    """Returns the start point of that number, else what the sampler suggests, else a random one."""
+def propose(study: Study, plan: Plan, number: int, past: Past) -> Seeded | None:
+    """Returns the start point of that number, else what the sampler suggests, else a random one.
+
+    None when nothing can be tried now: the space is spent, or the start point is being evaluated
+    under another number. What another worker evaluates is never proposed, so nothing is done twice.
+    """
     if number < len(plan.starts):
-        return plan.starts[number]
+        start = plan.starts[number]
+        return None if key(start.choice) in past.busy else start
     space, rng = plan.space, generator(plan.seed, number)
+    taken = past.seen | past.busy
+    if len(taken) >= space.size:
+        return None
     if past.repeats >= REPEATS:
-        return Seeded("random", unseen(space, rng.randrange(space.size), past.seen))
-    if found := _sample(study, space, rng.getrandbits(32)):
-        return Seeded("sampler", found)
-    return Seeded("random", space.at(rng.randrange(space.size)))
+        return Seeded("random", unseen(space, rng.randrange(space.size), taken))
+    sampled = _sample(study, space, rng.getrandbits(32))
+    found = sampled or space.at(rng.randrange(space.size))
+    if key(found) in past.busy:
+        return Seeded("random", unseen(space, rng.randrange(space.size), taken))
+    return Seeded("sampler" if sampled else "random", found)
 
 
 def _sample(study: Study, space: Space, seed: int) -> Choice:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from kvtune.cache import Weight, weigh
+from kvtune.commons import shared as shared_by_workers
+from kvtune.errors import ResourceError
 from kvtune.files import canonical_json, sha256_bytes
 from kvtune.goal import Goal
 from kvtune.growth import Growth, Reading
@@ -18,7 +21,7 @@ from kvtune.profile import Profile
 from kvtune.recipe import Policy
 from kvtune.space import SIDES, Choices, Side
 from kvtune.speed import Speed
-from kvtune.study import Choice, Outcome, Row, fresh, run, shared_value
+from kvtune.study import Choice, Outcome, Row, fresh, run
 from kvtune.surrogate import Place, Surrogate, surrogate
 from kvtune.table import Infeasible, Stopped
 
@@ -57,9 +60,8 @@ class Search:
         if limits.anew:
             fresh(limits.storage, STUDY)
         plain = {name: self._view(own) for name, own in windows.items()}
-        held = shared_value(
-            limits.storage, STUDY, GROWTH, self._binding(), lambda: self._grown(plain)
-        )
+        grown = f"{GROWTH} {self._binding()}"
+        held = shared_by_workers(limits.storage, STUDY, grown, lambda: self._grown(plain))
         self.growth = Growth.of_table(held)
         views = {name: _grown(view, self.growth) for name, view in plain.items()}
         self.layout = Layout(views, self.known, goal, self._fits)
@@ -175,9 +177,13 @@ class Search:
         """
         view = next(iter(views.values()))
         chains = {side: _probes(view, side) for side in SIDES}
-        readings = [self._read(view, {side: c}) for side in SIDES for c in chains[side]]
-        for keys, values in zip(chains["keys"], chains["values"], strict=False):
-            readings.append(self._read(view, {"keys": keys, "values": values}))
+        probes: list[dict[Side, Chain]] = [{side: c} for side in SIDES for c in chains[side]]
+        pairs = zip(chains["keys"], chains["values"], strict=False)
+        probes += [{"keys": keys, "values": values} for keys, values in pairs]
+        readings = []
+        for probe in probes:
+            with suppress(ResourceError):  # fewer readings only order the starts less well
+                readings.append(self._read(view, probe))
         return Growth.fit(readings).table()
 
     def _read(self, view: View, chains: dict[Side, Chain]) -> Reading:

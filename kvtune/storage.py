@@ -5,14 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError as Conflict
 
 from kvtune.errors import (
     IntegrityError,
@@ -23,7 +27,9 @@ from kvtune.errors import (
     UsageError,
 )
 
+T = TypeVar("T")
 PATIENCE = 60.0  # seconds to wait for another program's transaction
+SETTLING = (0.1, 0.3, 1.0, 3.0)  # seconds between tries to make tables that others make as well
 MAGIC = b"SQLite format 3\0"
 EXHAUSTED = ("full", "disk i/o", "readonly", "unable to open", "locked", "out of memory")
 
@@ -38,6 +44,8 @@ def address(storage: str) -> URL:
         return URL.create("sqlite", database=storage)
     try:
         url = make_url(storage)
+        if url.drivername == "postgresql":  # the driver that kvtune[postgres] installs
+            url = url.set(drivername="postgresql+psycopg")
         url.get_dialect()  # an unknown kind of database is a wrong URL, not a silent server
         return url
     except ArgumentError as error:
@@ -50,6 +58,11 @@ def sqlite_file(url: URL) -> Path | None:
     if url.get_backend_name() != "sqlite" or name == ":memory:" or name.startswith("file:"):
         return None
     return Path(name).resolve()
+
+
+def is_server(url: URL) -> bool:
+    """Tells whether several processes may write the database at once."""
+    return url.get_backend_name() != "sqlite"
 
 
 def finished_schema(file: Path) -> bool:
@@ -102,7 +115,7 @@ def opened(url: URL) -> Iterator[RDBStorage]:
         MissingInputError: the database server does not answer.
         UnsupportedError: the database's driver is not installed.
     """
-    with worded(url):
+    with _quiet(), worded(url):
         storage = _connect(url)
         try:
             yield storage
@@ -111,19 +124,43 @@ def opened(url: URL) -> Iterator[RDBStorage]:
             storage.engine.dispose()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Optuna's progress lines out of the log meanwhile."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def settled(make: Callable[[], T]) -> T:
+    """Makes tables, again and again while other workers that make the same ones get in the way."""
+    for pause in SETTLING:
+        try:
+            return make()
+        except (Conflict, ProgrammingError):
+            time.sleep(pause)
+    return make()
+
+
 def _connect(url: URL) -> RDBStorage:
     file = sqlite_file(url)
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     # SQLite's own default, synchronous = FULL, stays: a row that was told survives a power cut.
-    wait = {"connect_args": {"timeout": PATIENCE}} if url.get_backend_name() == "sqlite" else {}
+    options: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}}
+    if is_server(url):
+        options = {"pool_pre_ping": True}  # a connection may have died during a long evaluation
     try:
         # With all tables there none is made, so that a newer Optuna's file is refused untouched.
         made = file is not None and finished_schema(file)
-        return RDBStorage(text, engine_kwargs=wait, skip_table_creation=made)
+        return settled(lambda: RDBStorage(text, engine_kwargs=options, skip_table_creation=made))
     except RuntimeError as error:
         raise broken(place(url), f"it belongs to another version of Optuna ({error})") from error
     except ImportError as error:
-        raise UnsupportedError(f"no driver for {place(url)}: {error}") from error
+        driver = "Install one, such as `pip install 'kvtune[postgres]'` for PostgreSQL."
+        raise UnsupportedError(f"no driver for {place(url)}: {error}", driver) from error
 
 
 def place(url: URL) -> str:
@@ -141,7 +178,7 @@ def worded(url: URL) -> Iterator[None]:
 
 
 def _words(url: URL, why: str) -> KvtuneError:
-    if url.get_backend_name() != "sqlite":
+    if is_server(url):
         return MissingInputError(f"database {place(url)} fails: {why}", "Is its server up?")
     if any(word in why.lower() for word in EXHAUSTED):
         return ResourceError(
@@ -163,7 +200,7 @@ def sole_writer(url: URL) -> Iterator[None]:
     if (file := sqlite_file(url)) is None:
         yield
         return
-    handle = _lock_file(file)
+    handle = _lock_file(file.with_name(f"{file.name}.lock"))
     try:
         _take(handle, file)
         yield
@@ -171,9 +208,32 @@ def sole_writer(url: URL) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def held_file(lock: Path) -> Iterator[bool]:
+    """Yields True while this process holds a lock file, False when another one does.
+
+    Raises:
+        MissingInputError: the folder does not exist.
+        ResourceError: the folder cannot be written.
+    """
+    handle = _lock_file(lock)
+    try:
+        yield _taken(handle)
+    finally:
+        os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
 def _lock_file(file: Path) -> int:
     try:
-        return os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError as error:
         raise MissingInputError(f"folder {file.parent} does not exist") from error
     except OSError as error:
@@ -182,14 +242,13 @@ def _lock_file(file: Path) -> int:
 
 def _take(handle: int, file: Path) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _taken(handle):
+            owner = os.pread(handle, 20, 0).decode() or "unknown"
+            raise UsageError(
+                f"study file {file} is being written by process {owner}",
+                "Wait for it, or stop it and use --resume.",
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
-    except BlockingIOError:
-        owner = os.pread(handle, 20, 0).decode() or "unknown"
-        raise UsageError(
-            f"study file {file} is being written by process {owner}",
-            "Wait for it, or stop it and use --resume.",
-        ) from None
     except OSError as error:
         raise ResourceError(f"cannot lock {file}: {error.strerror}") from error

@@ -1,8 +1,9 @@
 """The kill-safe search loop over an Optuna study: a resumed run equals an uninterrupted one.
 
 A trial is reserved with all its parameters in one transaction and told in another. What comes
-next follows from the finished rows alone. So wherever a process dies, the next one finds at most
-one reserved trial, measures it under the same number, and goes on as if nothing had happened.
+next follows from the finished rows alone. So wherever a process dies, the next one finds its
+reserved trial, measures it under the same number, and goes on as if nothing had happened. In a
+server's database several workers do so at once, each with its own trial.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -20,14 +20,15 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
-from kvtune.sampling import Choice, Plan, Seeded, Space, propose
-from kvtune.storage import address, finished_schema, opened, place, sole_writer, sqlite_file
-from kvtune.table import ATTRS, ORIGIN, Evaluate, Outcome, Row, Table, front, judge
+from kvtune.leases import SECONDS, forget
+from kvtune.sampling import Choice, Past, Plan, Seeded, Space, key, propose
+from kvtune.storage import address, finished_schema, opened, place, sqlite_file
+from kvtune.table import ATTRS, JUDGED, ORIGIN, Evaluate, Outcome, Row, Table, Verdict, front, judge
+from kvtune.workers import Desk, writing
 
 __all__ = ["Choice", "Outcome", "Row", "Seeded", "Space", "fresh", "front", "rows", "run"]
 
 BINDING = "kvtune"  # the study's user attribute that says what it belongs to
-CONSTRAINT = "resources"  # above zero on infeasible trials; absent, hence feasible, on all others
 
 
 def run(
@@ -44,32 +45,48 @@ def run(
     resume: bool = False,
     context: str = "",
     on_trial: Callable[[Row, int], None] | None = None,
+    lease: float = SECONDS,
 ) -> list[Row]:
     """Searches until the study has `trials` rows, `seconds` are over or the space is spent.
 
     Every objective is minimised. A repeated configuration is answered from its first row. A
-    ResourceError or MemoryError of `evaluate`, or a value that is not finite, makes the row
-    infeasible; any other exception leaves the trial to the next resume. One process at a time
-    writes a study: a lock sees to it for SQLite, the caller for other databases.
+    ResourceError, MemoryError or Infeasible of `evaluate`, a broken constraint or a value that is
+    not finite makes the row infeasible, Stopped makes it stopped; any other exception leaves the
+    trial to the next resume. A lock sees to it that one process at a time writes an SQLite file.
+
+    In a server's database, any number of workers call this at once, the later ones with or without
+    `resume`. Each evaluates other trials, under leases of `lease` seconds that it renews meanwhile;
+    the trial of one that died is taken over. It returns when nobody evaluates any more. `on_trial`
+    is told of each row that is new, whoever measured it, with the total.
 
     Raises:
-        UsageError: the study has rows and `resume` is off; another process writes it; a start
+        UsageError: the study has rows and `resume` is off; another process writes its file; a start
             point or objective is wrong.
         IntegrityError: the study belongs to another search, or its file is broken.
         ResourceError: the study cannot be written.
+        MissingInputError: the database server does not answer.
+        UnsupportedError: no driver for the database, or one that workers cannot share.
     """
     end = math.inf if seconds is None else time.monotonic() + seconds
     plan = Plan(space, tuple(starts), objectives, seed, context)
-    with _writing(storage) as store:
-        study = _bound(store, name, plan, resume)
-        table = _table(study)
-        while len(table.rows) < trials and time.monotonic() < end:
-            if (trial := _running(study) or _reserve(study, plan, table)) is None:
-                break
-            row = table.add(_finish(study, trial, evaluate, table))
-            if on_trial is not None:
-                on_trial(row, trials)
-        return table.rows
+    with writing(storage, name, lease) as (store, desk):
+        with desk.turn():
+            study = _bound(store, name, plan, resume or desk.others() > 0)
+        known = {row.number for row in _table(study).rows}
+        while True:
+            late = time.monotonic() >= end
+            with desk.turn():
+                table, trial, wait = _next(study, plan, desk, 0 if late else trials)
+            for row in table.rows:
+                if row.number not in known and on_trial is not None:
+                    on_trial(row, trials)
+            known |= {row.number for row in table.rows}
+            if trial is not None:
+                _finish(study, desk, trial, judge(trial, evaluate, table, objectives))
+            elif wait:
+                time.sleep(desk.pause)
+            else:
+                return table.rows
 
 
 def rows(storage: str, name: str) -> list[Row]:
@@ -82,7 +99,7 @@ def rows(storage: str, name: str) -> list[Row]:
     url = address(storage)
     if (file := sqlite_file(url)) is not None and not finished_schema(file):
         raise MissingInputError(f"there is no study in {file}", "`kvtune search` makes one.")
-    with _quiet(), opened(url) as store:
+    with opened(url) as store:
         names = tuple(optuna.get_all_study_names(storage=store))
         if name not in names:
             raise MissingInputError(f"no study {name!r} in {place(url)}", suggest(name, names))
@@ -90,33 +107,19 @@ def rows(storage: str, name: str) -> list[Row]:
 
 
 def fresh(storage: str, name: str) -> None:
-    """Deletes a study with all its rows, if there is one.
+    """Deletes a study with all its rows and all that its workers shared, if there is one.
 
     Raises:
         UsageError: another process writes it.
         IntegrityError: the file is broken.
     """
-    with _writing(storage) as store:
+    with writing(storage, name, SECONDS) as (store, desk), desk.turn():
+        if others := desk.others():
+            what = f"study {name!r} is being searched by {others} more"
+            raise UsageError(f"{what} worker{'s' * (others > 1)}", "Stop them, or leave --fresh.")
         if name in optuna.get_all_study_names(storage=store):
             optuna.delete_study(study_name=name, storage=store)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Optuna's progress lines out of the log meanwhile."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def _writing(storage: str) -> Iterator[RDBStorage]:
-    url = address(storage)
-    with _quiet(), sole_writer(url), opened(url) as store:
-        yield store
+        forget(store.engine, name)
 
 
 def _table(study: Study) -> Table:
@@ -167,34 +170,49 @@ def _check(study: Study, plan: Plan) -> Study:
     return study
 
 
-def _running(study: Study) -> FrozenTrial | None:
-    """Returns the trial that is reserved and not told: ours, or that of a process that died."""
-    return next(iter(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))), None)
+def _next(
+    study: Study, plan: Plan, desk: Desk, trials: int
+) -> tuple[Table, FrozenTrial | None, bool]:
+    """Returns the table, the trial that this worker has now, and whether others may leave one."""
+    found = study.get_trials(deepcopy=False)
+    table = Table(x for x in found if x.state.is_finished())
+    running = [x for x in found if not x.state.is_finished()]
+    if len(table.rows) >= trials:
+        return table, None, False
+    trial = desk.free(running)
+    if trial is None and len(found) < trials:
+        past = Past(table.repeats, table.seen.keys(), {key(x.params) for x in running})
+        if (start := propose(study, plan, len(found), past)) is not None:
+            trial = desk.reserve(study, _running(plan, start))
+    return table, trial, bool(running)
 
 
-def _reserve(study: Study, plan: Plan, table: Table) -> FrozenTrial | None:
-    """Stores the next trial, whole, as running; returns None when the space is spent."""
-    number = len(study.get_trials(deepcopy=False))
-    if number >= len(plan.starts) and len(table.seen) >= plan.space.size:
-        return None
-    found = propose(study, plan, number, table)
-    trial = create_trial(
+def _running(plan: Plan, start: Seeded) -> FrozenTrial:
+    return create_trial(
         state=TrialState.RUNNING,
-        params=found.choice,
+        params=start.choice,
         distributions=plan.space.distributions,
-        user_attrs={ORIGIN: found.origin},
+        user_attrs={ORIGIN: start.origin},
     )
-    study.add_trial(trial)
-    return _running(study)
 
 
-def _finish(study: Study, trial: FrozenTrial, evaluate: Evaluate, table: Table) -> FrozenTrial:
-    """Judges a reserved trial and tells the study."""
-    live = Trial(study, trial._trial_id)
-    values, attrs = judge(trial, evaluate, table, len(study.directions))
-    live.set_user_attr(ATTRS, attrs)  # one value, so that a second try leaves nothing of the first
-    if values is not None:
-        return study.tell(live, values)
-    if not trial.constraints:  # without any, Optuna 5 would take the trial for feasible
-        live.set_constraint(CONSTRAINT, 1.0)
-    return study.tell(live, state=TrialState.PRUNED)
+def _finish(study: Study, desk: Desk, trial: FrozenTrial, verdict: Verdict) -> None:
+    """Tells the study about a trial, unless another worker has taken it over meanwhile."""
+    with desk.turn():
+        if desk.give(trial):
+            _tell(study, trial, verdict)
+
+
+def _tell(study: Study, trial: FrozenTrial, verdict: Verdict) -> None:
+    live, excess = Trial(study, trial._trial_id), dict(verdict.excess)
+    # one value, so that a second try leaves nothing of the first
+    live.set_user_attr(ATTRS, verdict.attrs)
+    if excess:  # from here on the verdict stands: a constraint cannot be set a second time
+        live.set_user_attr(JUDGED, {"values": verdict.values, "excess": excess})
+    for name, value in excess.items():
+        if name not in trial.constraints:
+            live.set_constraint(name, value)
+    if verdict.values is not None:
+        study.tell(live, verdict.values)
+    else:  # without a broken constraint Optuna 5 takes it for feasible, and worse than a full one
+        study.tell(live, state=TrialState.PRUNED)

@@ -13,6 +13,7 @@ import torch
 from kvtune import runs
 from kvtune.bank import Bank, build, text_tokens
 from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet, spearman
+from kvtune.commons import sole
 from kvtune.errors import IntegrityError, UsageError
 from kvtune.files import sweep
 from kvtune.measure import Bench
@@ -25,7 +26,7 @@ from kvtune.search import STUDY, Limits, Search
 from kvtune.shipped import find
 from kvtune.space import opened
 from kvtune.speed import Speed, open_table, timed
-from kvtune.study import Row, sole
+from kvtune.study import Row
 from kvtune.texts import digest as text_digest
 from kvtune.texts import read, split
 

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -21,7 +21,7 @@ from sqlalchemy.engine import Engine
 
 from kvtune.errors import ResourceError
 from kvtune.study import Choice, Outcome, Row, Seeded, Space, run
-from kvtune.table import Evaluate
+from kvtune.table import Evaluate, Infeasible, Stopped
 
 NAME, OBJECTIVES, SEED = "search", ("kl", "bytes"), 7
 SMALL = Space({"keys": ("2", "3", "4"), "values": ("2", "3", "4")})
@@ -32,28 +32,40 @@ STARTS = (
     Seeded("uniform 4 again", {"early": "4", "middle": "4", "late": "4"}),
     Seeded("too big", {"early": "8", "middle": "8", "late": "8"}),
     Seeded("too big again", {"early": "8", "middle": "8", "late": "8"}),
+    Seeded("known too big", {"early": "8", "middle": "2", "late": "8"}),
+    Seeded("measured too big", {"early": "8", "middle": "4", "late": "8"}),
+    Seeded("no number", {"early": "8", "middle": "8", "late": "2"}),
 )
 
 
-def evaluate(choice: Choice) -> Outcome:
-    """Returns values that follow from the choice alone; the largest fail in two ways."""
+def evaluate(choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
+    """Returns values that follow from the choice alone; large ones fail in three ways.
+
+    The smallest are stopped, by what the rows before them say; some name a constraint.
+    """
     bits = [int(choice[name]) for name in SPACE.variables]
+    if sum(bits) < 8:
+        raise Stopped({"rows": float(len(rows)), "label": choice["late"]})
+    if bits == [8, 2, 8]:
+        raise Infeasible({"known": "beforehand"}, {"bits": 1.0, "other": -1.0})
     if sum(bits) > 20:
         raise ResourceError(f"{sum(bits)} bits do not fit")
     if bits == [8, 8, 2]:
         return Outcome((float("nan"), 18.0))
     noise = sha256(repr(bits).encode()).digest()[0] / 2560
     loss = sum(weight * 4.0**-b for weight, b in zip((1, 3, 2), bits, strict=True)) + noise
-    return Outcome((loss, float(sum(bits))), {"first": float(bits[0]), "label": choice["late"]})
+    attrs = {"first": float(bits[0]), "label": choice["late"]}
+    excess = {"bits": sum(bits) - 17.0, "other": -1.0} if bits[1] > 3 else {}
+    return Outcome((loss, float(sum(bits))), attrs, excess)
 
 
-def slowly(choice: Choice) -> Outcome:
+def slowly(choice: Choice, rows: Sequence[Row]) -> Outcome:
     """Takes 20 ms."""
     time.sleep(0.02)
-    return evaluate(choice)
+    return evaluate(choice, rows)
 
 
-def hold(choice: Choice) -> Outcome:
+def hold(choice: Choice, rows: Sequence[Row]) -> Outcome:
     """Says that it has begun and never ends."""
     print("held", flush=True)
     while True:
@@ -82,7 +94,7 @@ class Counting:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, choice: Choice) -> Outcome:
+    def __call__(self, choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
         """Trades a loss against bytes."""
         self.calls.append(tuple(choice.values()))
         bits = [int(x) for x in choice.values()]
@@ -91,7 +103,7 @@ class Counting:
 
 def small(
     base: Path,
-    evaluate: Callable[[Choice], Outcome],
+    evaluate: Evaluate,
     trials: int,
     *,
     space: Space = SMALL,

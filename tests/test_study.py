@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -55,9 +56,11 @@ def base(tmp_path: Path) -> Path:
 
 def test_the_reference_search_meets_every_kind_of_row(straight: list[Row]) -> None:
     assert [row.number for row in straight] == list(range(TRIALS))
-    assert [row.origin for row in straight[:5]] == [x.origin for x in worker.STARTS]
-    assert {row.origin for row in straight[5:]} == {"random", "sampler"}
-    assert {row.state for row in straight} == {"complete", "infeasible"}
+    count = len(worker.STARTS)
+    assert [row.origin for row in straight[:count]] == [x.origin for x in worker.STARTS]
+    assert {row.origin for row in straight[count:]} == {"random", "sampler"}
+    assert {row.state for row in straight} == {"complete", "infeasible", "stopped"}
+    assert {len(row.excess) for row in straight if row.values} == {0, 2}
     assert {row.memo_of is None for row in straight} == {True, False}
     assert any("not finite" in str(row.attrs.get("error")) for row in straight)
 
@@ -124,7 +127,7 @@ def test_starts_beyond_the_trials_wait_for_a_resume(base: Path) -> None:
 
 
 def test_infeasible_rows_stay_out_of_the_front_and_the_search_goes_on(base: Path) -> None:
-    def tight(choice: Choice) -> Outcome:
+    def tight(choice: Choice, rows: Sequence[Row]) -> Outcome:
         if choice["keys"] == "2":
             raise ResourceError("out of memory: 3 GB asked")
         bytes_ = float("inf") if choice["values"] == "2" else 1.0
@@ -149,7 +152,7 @@ def test_infeasible_rows_stay_out_of_the_front_and_the_search_goes_on(base: Path
 def test_no_trial_starts_after_the_time(base: Path) -> None:
     assert small(base, Counting(), 6, seconds=0.0) == []
 
-    def slow(choice: Choice) -> Outcome:
+    def slow(choice: Choice, rows: Sequence[Row]) -> Outcome:
         time.sleep(0.2)
         return Outcome((1.0, 1.0))
 

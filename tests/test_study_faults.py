@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -125,7 +125,7 @@ def test_killed_between_any_two_writes_the_table_equals_the_straight_one(
 def test_a_trial_left_running_keeps_its_number_and_is_measured_again(base: Path) -> None:
     calls = Counting()
 
-    def interrupted(choice: Choice) -> Outcome:
+    def interrupted(choice: Choice, rows: Sequence[Row]) -> Outcome:
         calls(choice)
         if len(calls.calls) == 4:
             raise KeyboardInterrupt
@@ -155,7 +155,7 @@ def killed_before_telling(base: Path, evaluate: Evaluate, patch: pytest.MonkeyPa
 def test_a_trial_marked_infeasible_before_a_kill_stays_so(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_big(choice: Choice) -> Outcome:
+    def too_big(choice: Choice, rows: Sequence[Row]) -> Outcome:
         raise ResourceError("too big")
 
     killed_before_telling(base, too_big, monkeypatch)
@@ -168,13 +168,13 @@ def test_a_trial_marked_infeasible_before_a_kill_stays_so(
 def test_nothing_noted_before_a_kill_stays_in_a_row_measured_again(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_before_telling(base, lambda _: Outcome((1.0, 1.0), {"old": 1.0}), monkeypatch)
-    table = small(base, lambda _: Outcome((2.0, 2.0), {"new": 2.0}), 1, seed=2, resume=True)
+    killed_before_telling(base, lambda *_: Outcome((1.0, 1.0), {"old": 1.0}), monkeypatch)
+    table = small(base, lambda *_: Outcome((2.0, 2.0), {"new": 2.0}), 1, seed=2, resume=True)
     assert table[0].attrs == {"new": 2.0} and table[0].values == (2.0, 2.0)
 
 
 def test_a_fault_of_the_evaluator_is_raised_and_its_trial_is_kept(base: Path) -> None:
-    def faulty(choice: Choice) -> Outcome:
+    def faulty(choice: Choice, rows: Sequence[Row]) -> Outcome:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

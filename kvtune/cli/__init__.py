@@ -25,6 +25,7 @@ def build() -> typer.Typer:
         doctor,
         methods,
         recipe,
+        report,
         search,
         tune,
     )
@@ -42,6 +43,7 @@ def build() -> typer.Typer:
     add(app, calibrate.calibrate, "calibrate")
     add(app, search.search, "search")
     add(app, apply.apply, "apply")
+    add(app, report.report, "report")
     recipes = typer.Typer(help="Read, check and compare recipes; no model is loaded.")
     for name, work in recipe.VERBS.items():
         add(recipes, work, name, f"recipe.{name}")

@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
-from kvtune.cli.gates import Asked, Gates, judge, measured
+from kvtune.cli.gates import Asked, Gates, Versus, demand, judge, measured, sentences
 from kvtune.cli.generate import Prompt, generate
 from kvtune.cli.options import Continuation, Count, Force, RecipeName, Text, Where
 from kvtune.cli.output import Output
+from kvtune.cli.reports import Reports, reported
 from kvtune.errors import UsageError
 
 ModelOption = Annotated[
@@ -22,6 +23,8 @@ def apply(
     where: Where,
     prompt: Prompt,
     gates: Gates,
+    versus: Versus,
+    reports: Reports,
     text: Text,
     count: Count,
     continuation: Continuation = 48,
@@ -29,17 +32,23 @@ def apply(
 ) -> None:
     """Generate with RECIPE (--prompt), or prove it on held-out text.
 
-    A proof exits with 3 when a gate fails: --max-kl, --max-flips, --min-ratio.
+    A proof exits with 3 when a gate fails: --max-kl, --max-flips, --min-ratio, --baseline.
     """
     from kvtune import shipped
     from kvtune.cli.job import open_model
 
-    if prompt.prompt is not None and gates.any():
-        raise UsageError("--prompt generates text; gates need a proof, so leave one of them out.")
-    path = shipped.find(recipe)
-    opened = open_model(out, model, where)
     out.data |= {"recipe": recipe, "model": model}
-    if prompt.prompt is not None:
-        return generate(out, path, opened, prompt, force)
-    asked = Asked(where, text, count, continuation)
-    judge(out, measured(out, path, opened, asked, force), gates)
+    with reported(out, reports, recipe, model) as report:
+        if prompt.prompt is not None and (gates.any() or versus.any() or reports.any()):
+            what = "--prompt generates text; gates and their files need a proof"
+            raise UsageError(f"{what}, so leave one of them out.")
+        path, held = shipped.find(recipe), versus.held()
+        opened = open_model(out, model, where)
+        if prompt.prompt is not None:
+            return generate(out, path, opened, prompt, force)
+        asked = Asked(model, where, text, count, continuation, force)
+        found = measured(out, path, opened, asked, held)
+        report.lines = sentences(found.proof)
+        report.verdicts = judge(out, found, gates, versus, held)
+        demand(report.verdicts)
+        versus.keep(recipe, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,10 +15,13 @@ from kvtune.cli.generate import forced
 from kvtune.cli.job import bytes_context, check_length, read_texts
 from kvtune.cli.options import Count, Text, Where
 from kvtune.cli.output import Output
+from kvtune.cli.verdicts import HEADS, Verdict, against
 from kvtune.errors import GateError
 
 if TYPE_CHECKING:
+    from kvtune.baseline import Baseline, Evidence
     from kvtune.prove import Proof
+    from kvtune.texts import Document
 
 PANEL = "Gates"
 
@@ -51,59 +54,107 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Versus:
+    """An earlier proof that a new one is held to, and where the new one is kept."""
+
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=PANEL,
+            help="Fail when worse than this proof: of --save-baseline, or of --json.",
+        ),
+    ] = None
+    baseline_slack: Annotated[
+        float,
+        typer.Option(
+            parser=amounts.share,
+            metavar="SHARE",
+            rich_help_panel=PANEL,
+            help="How much larger than the baseline's the cache may be: 1% or 0.01.",
+        ),
+    ] = 0.0
+    save_baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=PANEL,
+            help="Keep this proof as a baseline, when its gates hold.",
+        ),
+    ] = None
+
+    def any(self) -> bool:
+        """Whether a proof is compared or kept."""
+        return self.baseline is not None or self.save_baseline is not None
+
+    def held(self) -> Baseline | None:
+        """Reads the baseline, if there is one; errors as `Baseline.load`."""
+        from kvtune.baseline import Baseline
+
+        return None if self.baseline is None else Baseline.load(self.baseline)
+
+    def keep(self, recipe: str, found: Measured) -> None:
+        """Writes the new baseline, if it is wanted."""
+        from kvtune.baseline import Baseline
+
+        if self.save_baseline is not None:
+            Baseline(recipe, *found).save(self.save_baseline)
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a proof is made on."""
 
+    model: str
     where: Where
     text: Text
     count: Count
     steps: int  # tokens generated behind each context
+    force: bool
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One gate: what was measured, what is allowed, and how much room is left."""
+class Measured(NamedTuple):
+    """A proof and what it was made on."""
 
-    gate: str
-    value: float
-    limit: float
-    margin: float  # below zero when the gate fails
-    interval: tuple[float, float] | None
-    passed: bool
+    proof: Proof
+    evidence: Evidence
 
 
 def verdicts(gates: Gates, proof: Proof) -> list[Verdict]:
-    """Holds a proof to the gates that were given."""
+    """Holds a proof to the limits that were given."""
     found = []
     if gates.max_kl is not None:
         interval = (proof.kl_low, proof.kl_high)
-        found.append(_verdict("max-kl", proof.kl, gates.max_kl, gates.max_kl - proof.kl, interval))
+        found.append(Verdict.of("max-kl", proof.kl, gates.max_kl, interval))
     if gates.max_flips is not None:
-        room, interval = gates.max_flips - proof.flips, (proof.flips_low, proof.flips_high)
-        found.append(_verdict("max-flips", proof.flips, gates.max_flips, room, interval))
+        interval = (proof.flips_low, proof.flips_high)
+        found.append(Verdict.of("max-flips", proof.flips, gates.max_flips, interval))
     if gates.min_ratio is not None:
-        room = proof.ratio - gates.min_ratio
-        found.append(_verdict("min-ratio", proof.ratio, gates.min_ratio, room, None))
+        found.append(Verdict.of("min-ratio", proof.ratio, gates.min_ratio, least=True))
     return found
 
 
-def _verdict(
-    gate: str, value: float, limit: float, margin: float, interval: tuple[float, float] | None
-) -> Verdict:
-    return Verdict(gate, value, limit, margin, interval, margin >= 0)
+def measured(
+    out: Output, path: Path, opened: tuple[Any, Any], asked: Asked, held: Baseline | None
+) -> Measured:
+    """Measures a recipe by generation on the part of the text that proofs are made on.
 
-
-def measured(out: Output, path: Path, opened: tuple[Any, Any], asked: Asked, force: bool) -> Proof:
-    """Measures a recipe by generation on the part of the text that proofs are made on."""
+    Raises:
+        IntegrityError: the recipe, or the baseline `held`, is another model's.
+        UsageError: the baseline was measured at other sizes.
+    """
     from kvtune import recipe as recipes
     from kvtune.bank import Sizes
-    from kvtune.models import facts
+    from kvtune.models import facts, fingerprint
     from kvtune.prove import prove
 
     model, tokenizer = opened
     known, text = facts(model.config), asked.text
     check_length(known, text.context, asked.steps)
     at = bytes_context(out, known, asked.count.bytes_at)
+    if held:
+        held.check_model(fingerprint(model))
+        held.check_sizes(text.context, asked.steps, at, asked.count.batch)
     documents = read_texts(text, asked.where)["proof"]
     out.say("proof by generation", 0, 1)
     proof = prove(
@@ -115,55 +166,67 @@ def measured(out: Output, path: Path, opened: tuple[Any, Any], asked: Asked, for
         steps=asked.steps,
         bytes_context=at,
         batch=asked.count.batch,
-        force=force,
+        force=asked.force,
     )
     out.say("proof by generation", 1, 1)
-    if force:
+    if asked.force:
         forced(out, recipes.load(path), model)
-    return proof
+    return Measured(proof, _evidence(asked, model, documents, proof))
 
 
-def judge(out: Output, proof: Proof, gates: Gates) -> None:
-    """Prints every number of a proof, and every gate.
+def _evidence(asked: Asked, model: Any, documents: list[Document], proof: Proof) -> Evidence:
+    from kvtune.baseline import Evidence
+    from kvtune.models import fingerprint, label
+    from kvtune.texts import digest
 
-    Raises:
-        GateError: a gate failed.
-    """
-    judged = verdicts(gates, proof)
-    out.data |= {"proof": proof.table(), "gates": [vars(verdict) for verdict in judged]}
-    _show(out, proof, judged)
-    if failed := [verdict.gate for verdict in judged if not verdict.passed]:
-        raise GateError(f"The recipe misses {', '.join(failed)}.", "Choose one with more bits.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    name, texts = label(asked.model), digest(documents)
+    return Evidence(name, fingerprint(model), texts, dtype, asked.steps, proof.rows)
 
 
-def _show(out: Output, proof: Proof, judged: list[Verdict]) -> None:
-    out.print(
+def judge(
+    out: Output, found: Measured, gates: Gates, versus: Versus, held: Baseline | None
+) -> list[Verdict]:
+    """Prints every number of a proof, and every gate; returns the verdicts."""
+    judged = verdicts(gates, found.proof)
+    if held:
+        judged += against(held, *found, versus.baseline_slack)
+        how = "paired" if held.pairs_with(found.evidence) else "intervals"
+        out.data["baseline"] = {"recipe": held.recipe, "how": how, "proof": held.proof.table()}
+        if how == "intervals":
+            out.warn(
+                "The baseline was measured at other positions (other text or --sequences), so "
+                "intervals are compared: only a large change can fail."
+            )
+    out.data |= {"proof": found.proof.table(), "evidence": found.evidence.table()}
+    out.data["gates"] = [vars(verdict) for verdict in judged]
+    out.print(*sentences(found.proof))
+    if judged:
+        out.print(_table(judged))
+    return judged
+
+
+def sentences(proof: Proof) -> list[str]:
+    """The numbers of a proof, in words."""
+    return [
         f"KL {proof.kl:.4f} nats (95 %: {proof.kl_low:.4f} to {proof.kl_high:.4f}), flips "
         f"{proof.flips:.1%} ({proof.flips_low:.1%} to {proof.flips_high:.1%}), over "
         f"{proof.positions:,} positions after {proof.context:,} tokens.",
         f"{proof.bits:.2f} true bits per value: {amounts.size(proof.bytes)}, {proof.ratio:.2f}x "
         f"smaller than 16 bit, at {proof.bytes_context:,} tokens, batch {proof.batch}.",
-    )
-    if not judged:
-        return
+    ]
+
+
+def demand(judged: list[Verdict]) -> None:
+    """Raises GateError when a gate was missed."""
+    if failed := [verdict.gate for verdict in judged if not verdict.passed]:
+        raise GateError(f"The recipe misses {', '.join(failed)}.", "Choose one with more bits.")
+
+
+def _table(judged: list[Verdict]) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    for name in ("gate", "value", "limit", "margin", "95 % interval", ""):
-        table.add_column(name, justify="left" if name in ("gate", "") else "right")
+    for name in HEADS:
+        table.add_column(name, justify="left" if name in (HEADS[0], HEADS[-1]) else "right")
     for verdict in judged:
-        table.add_row(*_cells(verdict))
-    out.print(table)
-
-
-def _cells(verdict: Verdict) -> list[str]:
-    low_high = verdict.interval
-    interval = (
-        f"{_shown(verdict, low_high[0])} to {_shown(verdict, low_high[1])}" if low_high else ""
-    )
-    numbers = [_shown(verdict, x) for x in (verdict.value, verdict.limit, verdict.margin)]
-    return [verdict.gate, *numbers, interval, "ok" if verdict.passed else "FAILED"]
-
-
-def _shown(verdict: Verdict, value: float) -> str:
-    return {"max-kl": f"{value:.4f}", "max-flips": f"{value:.2%}"}.get(
-        verdict.gate, f"{value:.2f}x"
-    )
+        table.add_row(*verdict.cells())
+    return table

@@ -64,6 +64,7 @@ def generate(out: Output, path: Path, opened: tuple[Any, Any], prompt: Prompt, f
 
 def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
     from kvtune.models import facts
+    from kvtune.placement import input_device
 
     text = prompt.prompt
     if prompt.chat:
@@ -80,7 +81,7 @@ def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
         hint = "Give a shorter --prompt or a smaller --max-new-tokens."
         raise UsageError(f"{what}model's {most:,} positions.", hint)
     names = ("input_ids", "attention_mask")
-    return {name: inputs[name].to(model.device) for name in names if name in inputs}
+    return {name: inputs[name].to(input_device(model)) for name in names if name in inputs}
 
 
 def _weight(recipe: Recipe, model: Any, cache: CompressedCache, tokens: int) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def open_model(out: Output, model: str, where: Where) -> tuple[Any, Any]:
     if not out.manners.verbose:
         _hush()
     out.say(f"loading {model}", 0, 1)
-    loaded = load_model(model, where.dtype, where.device, where.offline)
+    loaded = load_model(model, where.dtype, where.device, where.offline, where.device_map)
     out.say(f"loading {model}", 1, 1)
     return loaded
 

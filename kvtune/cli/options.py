@@ -72,6 +72,9 @@ class Where:
     device: Annotated[str, _model(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, _model(help="auto, float32, bfloat16 or float16.")] = "auto"
     offline: Annotated[bool, _model("--offline", help="Never ask the network.")] = False
+    device_map: Annotated[
+        str, _model(metavar="MAP", help="Spread over all GPUs and the CPU: auto, balanced, ...")
+    ] = ""
 
 
 @dataclass(frozen=True)

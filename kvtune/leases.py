@@ -1,0 +1,169 @@
+"""Leases: which worker does what in a study on a server, for how long, by the database's clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Engine,
+    Float,
+    MetaData,
+    String,
+    Table,
+    Text,
+    and_,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from kvtune.owners import gone, token
+from kvtune.storage import settled
+
+SECONDS = 60.0  # a lease that was not renewed for so long is anybody's
+TURN = ""  # what stands in the row whose lock is a worker's turn
+
+_tables = MetaData()
+LEASES = Table(
+    "kvtune_leases",
+    _tables,
+    Column("study", String(255), primary_key=True),
+    Column("what", String(255), primary_key=True),
+    Column("owner", String(255), nullable=False),
+    Column("expires", Float(53), nullable=False),
+)
+VALUES = Table(
+    "kvtune_values",
+    _tables,
+    Column("study", String(255), primary_key=True),
+    Column("what", String(255), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+
+def made(engine: Engine) -> Engine:
+    """Makes the tables that a study has besides Optuna's, where they are missing."""
+    settled(lambda: _tables.create_all(engine))
+    return engine
+
+
+def forget(engine: Engine, study: str) -> None:
+    """Deletes what workers shared in a study."""
+    with made(engine).begin() as connection:
+        connection.execute(delete(VALUES).where(VALUES.c.study == study))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one worker may do while no other one has its turn; it lasts if its transaction does."""
+
+    connection: Connection
+    study: str
+    owner: str
+    now: float
+    seconds: float
+
+    def others(self) -> dict[str, str]:
+        """Returns what other workers, alive as far as is known, hold, each with its owner."""
+        own = and_(LEASES.c.study == self.study, LEASES.c.what != TURN)
+        found = self.connection.execute(select(LEASES).where(own))
+        return {
+            row.what: row.owner
+            for row in found
+            if row.owner != self.owner and row.expires > self.now and not gone(row.owner)
+        }
+
+    def holds(self, what: str) -> bool:
+        """Tells whether the lease is still this worker's."""
+        owner = select(LEASES.c.owner).where(self._is(what))
+        return self.connection.execute(owner).scalar() == self.owner
+
+    def take(self, what: str) -> bool:
+        """Takes a lease, unless a worker that lives holds it."""
+        if what in self.others():
+            return False
+        values = {"owner": self.owner, "expires": self.now + self.seconds}
+        if not self.connection.execute(
+            update(LEASES).where(self._is(what)).values(values)
+        ).rowcount:
+            row = {"study": self.study, "what": what, **values}
+            self.connection.execute(insert(LEASES).values(row))
+        return True
+
+    def give(self, what: str) -> None:
+        """Gives a lease back."""
+        mine = and_(self._is(what), LEASES.c.owner == self.owner)
+        self.connection.execute(delete(LEASES).where(mine))
+
+    def _is(self, what: str) -> ColumnElement[bool]:
+        return and_(LEASES.c.study == self.study, LEASES.c.what == what)
+
+
+class Leases:
+    """One worker's leases in a study. Their owner is named anew for each: none is inherited."""
+
+    def __init__(self, engine: Engine, study: str, seconds: float = SECONDS) -> None:
+        self.engine, self.study, self.seconds = made(engine), study, seconds
+        self.owner = token()
+
+    @contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """Waits until no other worker has its turn. All is done at the end, or nothing."""
+        with self.engine.begin() as connection:
+            self._lock(connection)
+            yield Turn(connection, self.study, self.owner, self._now(), self.seconds)
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews all leases of this worker in the background; gives them back at the end."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(self.seconds)
+            with suppress(SQLAlchemyError):  # they end by themselves
+                self._give_all()
+
+    def _lock(self, connection: Connection) -> None:
+        """Locks a row rather than a study: Optuna locks studies itself, in other transactions."""
+        mine = and_(LEASES.c.study == self.study, LEASES.c.what == TURN)
+        row = select(LEASES.c.owner).where(mine).with_for_update()
+        if connection.execute(row).first() is not None:
+            return
+        with suppress(IntegrityError), self.engine.begin() as other:
+            new = {"study": self.study, "what": TURN, "owner": "", "expires": 0.0}
+            other.execute(insert(LEASES).values(new))
+        connection.execute(row).one()
+
+    def _now(self) -> float:
+        """Reads the clock in a transaction of its own: to PostgreSQL, now is when that began."""
+        mysql = self.engine.name in ("mysql", "mariadb")
+        clock = func.utc_timestamp() if mysql else func.now()
+        with self.engine.connect() as connection:
+            return float(connection.execute(select(clock)).scalar_one().timestamp())
+
+    def _renew(self, over: threading.Event) -> None:
+        while not over.wait(self.seconds / 4):
+            with suppress(SQLAlchemyError):  # the next time, or the worker finds out at its turn
+                expires = self._now() + self.seconds
+                with self.engine.begin() as connection:
+                    connection.execute(update(LEASES).where(self._mine()).values(expires=expires))
+
+    def _give_all(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(delete(LEASES).where(self._mine()))
+
+    def _mine(self) -> ColumnElement[bool]:
+        return and_(LEASES.c.study == self.study, LEASES.c.owner == self.owner)

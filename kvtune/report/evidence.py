@@ -1,0 +1,279 @@
+"""The sections of the page about what was measured: prices, spectra, predictions, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from kvtune.cli.amounts import clock
+from kvtune.report import figures as drawn
+from kvtune.report import numbers, prices, scatter, spectra
+from kvtune.report.folder import Run
+from kvtune.report.markup import Child, Markup, joined, table, tag
+from kvtune.report.prices import PriceTable
+from kvtune.report.records import Scores, Task
+from kvtune.report.sections import Figures, chart, details, numbers_of, section, switch
+
+
+def price_table(run: Run, figures: Figures) -> Markup | None:
+    """What each setting costs in each layer."""
+    if run.profile is None or not run.profile.cells:
+        return None
+    found = {side: prices.table(run.profile, side) for side in ("keys", "values")}
+    sides = {side: own for side, own in found.items() if own.names}
+    for side, own in sides.items():
+        figures[f"prices.{side}"] = drawn.price_map(own)
+    first = next(iter(sides))
+    tall = max(len(own.names) for own in sides.values())
+    said = "Heat map: KL of each setting in each layer; the tables below have the numbers."
+    return section(
+        "prices",
+        "What each layer costs",
+        tag(
+            "p",
+            "The KL that a setting of one layer costs while all else stays at 16 bits.",
+        ),
+        tag("div", switch("prices", "Side", {side: side for side in sides}), class_="switches"),
+        chart("prices", f"prices.{first}", said, 130 + 22 * tall),
+        *(details(f"Prices of {side} in nats", _prices(own)) for side, own in sides.items()),
+    )
+
+
+def _prices(own: PriceTable) -> Markup:
+    head = ("setting", *(f"layer {layer}" for layer in own.layers))
+    rows = [
+        (name, *(numbers.significant(price, 2) for price in row))
+        for name, row in zip(own.names, own.prices, strict=True)
+    ]
+    return table(head, rows, f"KL in nats by setting of {own.side} and layer")
+
+
+def spectrum(run: Run, figures: Figures) -> Markup | None:
+    """How few directions hold most of a layer's energy."""
+    energies = spectra.energies(run.profile) if run.profile else {}
+    if not energies:
+        return None
+    rows: list[list[Child]] = []
+    ranks = {}
+    for side, energy in energies.items():
+        ranks[side] = {share: spectra.directions(energy, share) for share in spectra.SHARES}
+        figures[f"spectra.{side}"] = drawn.spectrum(
+            energy, {s: ranks[side][s] for s in (0.9, 0.99)}
+        )
+        for share, found in ranks[side].items():
+            rows.append([f"{side}, {100 * share:.0f} %", *map(str, found)])
+    layers = len(next(iter(energies.values())))
+    head = ("side, share", *(f"layer {layer}" for layer in range(layers)))
+    intro = (
+        "How much of the mean square of keys (before RoPE), values and queries the strongest "
+        "directions of a head hold. The lines show where 90 % and 99 % are reached: the lower "
+        "they lie, the fewer channels would do."
+    )
+    said = "Heat map: cumulative energy by layer and directions; the table below has the numbers."
+    return section(
+        "spectra",
+        "Spectra",
+        tag("p", intro),
+        tag("div", switch("spectra", "Of", {side: side for side in energies}), class_="switches"),
+        chart("spectra", f"spectra.{next(iter(energies))}", said, 380),
+        details(
+            "Directions that hold 90, 95 and 99 %",
+            table(head, rows, "Directions of a head that hold a share of the energy"),
+        ),
+    )
+
+
+def predictions(run: Run, figures: Figures) -> Markup | None:
+    """How well prices predict what trials measure."""
+    rows = run.trials.rows if run.trials else ()
+    known = [row for row in rows if row.kl and row.predicted and row.kl > 0 and row.predicted > 0]
+    if not known:
+        return None
+    figures["predictions"] = scatter.predictions(rows)
+    searched = run.summary.search if run.summary else None
+    rank = searched.rank_correlation if searched else None
+    told = f" Their rank correlation is {rank:.3f}." if rank is not None else ""
+    failed = len([row for row in rows if row.state == "infeasible"])
+    lost = f" {failed} of {len(rows)} trials were infeasible." if failed else ""
+    listed = [
+        (
+            str(row.number),
+            row.origin,
+            row.state,
+            numbers.significant(row.bits),
+            numbers.significant(row.predicted),
+            numbers.significant(row.kl),
+        )
+        for row in rows
+    ]
+    head = ("trial", "from", "state", "bits", "predicted KL", "measured KL")
+    return section(
+        "predictions",
+        "Predicted and measured",
+        tag(
+            "p",
+            "Each mark is a trial of the search: the sum of its prices, and what a forward pass "
+            f"measured.{told}{lost}",
+        ),
+        chart(
+            "predictions",
+            "predictions",
+            "Chart: predicted against measured KL; the table below has the numbers.",
+            400,
+        ),
+        details("All trials", table(head, listed, "Trials of the search", words=3)),
+    )
+
+
+def scores(run: Run, figures: Figures) -> Markup | None:
+    """What recipes score on tasks, beside the 16-bit cache on the same items."""
+    if not run.scores:
+        return None
+    parts = []
+    for index, found in enumerate(run.scores):
+        figures[f"scores.{index}"] = scatter.scores(found)
+        said = (
+            f"Chart: task scores of {found.recipe} with intervals; the table below has the numbers."
+        )
+        length = f" at {found.length:,} tokens" if found.length else ""
+        title = tag("h3", f"{found.recipe or 'recipe'}{length}")
+        rows = [_task(name, own) for name, own in found.tasks.items()]
+        head = (
+            "task",
+            "verdict",
+            "16 bit",
+            "compressed",
+            "difference",
+            "95 % interval",
+            "items",
+            "chance",
+        )
+        drawn_ = chart(f"scores-{index}", f"scores.{index}", said, 90 + 44 * len(rows))
+        parts += [
+            title,
+            drawn_,
+            table(head, rows, f"Scores of {found.recipe}", words=2),
+            _mean(found),
+        ]
+    intro = (
+        "Scores between 0 and 1 with 95 % intervals, on the same items for both. "
+        "A task on which the uncompressed model is at chance says nothing; it is hollow, and not "
+        "in the mean."
+    )
+    return section("scores", "Tasks", tag("p", intro), *parts)
+
+
+def _task(name: str, own: Task) -> list[Child]:
+    verdict = "at chance" if own.at_chance else own.verdict
+    change = f"{own.difference.mean:+.2f}"
+    span = f"{own.difference.low:+.2f} to {own.difference.high:+.2f}"
+    means = [f"{own.dense.score:.2f}", f"{own.compressed.score:.2f}"]
+    return [name, verdict, *means, change, span, str(own.n), f"{own.chance:.2f}"]
+
+
+def _mean(found: Scores) -> Markup | None:
+    told = [f"{_name(key)} {value:.2f}" for key, value in _flat(found.mean or {}).items()]
+    return (
+        tag("p", f"Mean over the tasks that tell: {', '.join(told)}.", class_="note")
+        if told
+        else None
+    )
+
+
+def _name(key: str) -> str:
+    return key.removesuffix(" score").removesuffix(" mean")
+
+
+def _flat(values: Mapping[str, object], before: str = "") -> dict[str, float]:
+    """Numbers of tables in tables, by their path."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        name = f"{before} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            found |= _flat(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    return found
+
+
+def about(run: Run, place: str) -> Markup:
+    """What was run, on what, and what is missing."""
+    told = {name: value for name, value in {**_work(run), **_machine(run)}.items() if value}
+    lacking = [tag("li", f"{own.part}: ", tag("code", own.command)) for own in run.missing(place)]
+    return section(
+        "run",
+        "The run",
+        numbers_of(told),
+        _hashes(run),
+        _seconds(run),
+        joined([tag("h3", "Not in this folder"), tag("ul", *lacking)]) if lacking else None,
+    )
+
+
+def _work(run: Run) -> dict[str, Child]:
+    job, summary = run.job, run.summary
+    found: dict[str, Child] = {"command": tag("code", run.command) if run.command else None}
+    if job:
+        sizes = f"{job.text.sequences} sequences, {job.text.context} tokens of context"
+        data = ", ".join(_bare(part) for part in job.text.data.split(","))
+        found |= {
+            "text": data,
+            "sizes": f"{sizes}, {job.continuation} measured behind each",
+            "seed": str(job.seed),
+        }
+    if summary and (search := summary.search):
+        limits = [f"{name} {value:g}" for name, value in search.constraints.items()]
+        counts = {"infeasible": search.infeasible, "stopped early": search.stopped}
+        lost = [f"{count} {name}" for name, count in counts.items() if count]
+        found |= {
+            "objectives": ", ".join(search.objectives),
+            "limits": ", ".join(limits),
+            "trials": ", ".join([f"{search.trials}", *lost]) if search.trials is not None else None,
+            "interaction": ", ".join(
+                f"{k} {v:.3g}" for k, v in _flat(search.interaction or {}).items()
+            ),
+        }
+    return found
+
+
+def _bare(name: str) -> str:
+    """A file's name without its folders, which are nobody's business."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def _machine(run: Run) -> dict[str, Child]:
+    if not (held := run.summary):
+        return {}
+    versions = {"torch": held.torch, "transformers": held.transformers, "Python": held.python}
+    told = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    return {"device": held.device, "versions": told}
+
+
+def _hashes(run: Run) -> Markup | None:
+    """The hashes of model and texts."""
+    rows: dict[str, str] = {}
+    if run.profile:
+        meta = run.profile.meta
+        rows |= {
+            "model": str(meta.get("fingerprint", "")),
+            "text, calibrate": str(meta.get("text", "")),
+        }
+    for _, read in run.recipes.values():
+        texts = read.measured.get("texts")
+        if isinstance(texts, dict):
+            rows |= {f"text, {role}": str(value) for role, value in texts.items()}
+    known = [(name, tag("code", value)) for name, value in rows.items() if value]
+    return (
+        details("Hashes of model and texts", table(("what", "sha256"), known, "Hashes", words=2))
+        if known
+        else None
+    )
+
+
+def _seconds(run: Run) -> Markup | None:
+    spent = run.summary.seconds if run.summary else {}
+    if not spent:
+        return None
+    rows = [(stage, clock(seconds)) for stage, seconds in spent.items()]
+    rows.append(("all", clock(sum(spent.values()))))
+    return details("Time of each stage", table(("stage", "time"), rows, "Time of each stage"))
