@@ -80,7 +80,12 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
     for windows in itertools.product(*opens):
         at = dict(zip(opens, windows, strict=True))
         found[_window_name(opens, windows)] = {
-            i: Opened(*at[policy.windows()], *sides[i], policy.per_head)
+            i: Opened(
+                *at[policy.windows()],
+                keys=sides[i][0],
+                values=sides[i][1],
+                per_head=policy.per_head,
+            )
             for i, policy in layers.items()
         }
     return found

@@ -270,7 +270,8 @@ def test_search_stops_when_its_time_is_over_and_fresh_starts_anew(kv, calibrated
 
 def test_the_options_start_from_the_defaults_of_the_library():
     assert Aim().trials == Limits("").trials
-    assert Aim().max_kl == Settings().max_kl
+    assert Aim().choose_within == Settings().max_kl
+    assert Aim().objective == ",".join(Settings().goal.objectives)
     assert Text().context == Settings().sizes.context
     assert Text().sequences == Settings().sizes.sequences
 

@@ -30,7 +30,7 @@ def test_no_choice_within_the_budget_is_better(seed: int, unit: int) -> None:
     every = [totals(groups, p) for p in itertools.product(*(range(len(g)) for g in groups))]
     solver = Knapsack(groups)
     for budget in range(min(size for size, _ in every), max(size for size, _ in every), 7 * unit):
-        size, price = totals(groups, solver.solve(budget))
+        size, price = totals(groups, solver.solve(budget // solver.unit))
         assert size <= budget
         assert price == pytest.approx(min(p for s, p in every if s <= budget))
 
@@ -39,9 +39,11 @@ def test_huge_sizes_are_rounded_but_the_budget_holds() -> None:
     groups = drawn(1, 6, 1)
     huge = [[(size * STATES + 1, price) for size, price in group] for group in groups]
     most = sum(max(size for size, _ in group) for group in huge)
-    size, price = totals(huge, Knapsack(huge).solve(most * 3 // 4))
+    solver = Knapsack(huge)
+    size, price = totals(huge, solver.solve(most * 3 // 4 // solver.unit))
     assert size <= most * 3 // 4
-    exact = totals(groups, Knapsack(groups).solve(most * 3 // 4 // STATES))[1]
+    plain = Knapsack(groups)
+    exact = totals(groups, plain.solve(most * 3 // 4 // STATES // plain.unit))[1]
     assert price == pytest.approx(exact, rel=0.2)
 
 

@@ -68,7 +68,7 @@ def test_a_pull_is_the_gradient_at_the_attention_output(bench: Bench) -> None:
 
 
 def test_more_bits_never_distort_more(bench: Bench, template: Recipe) -> None:
-    own = opened(template, bench.bank.facts)[0]
+    own = opened(template, bench.bank.facts)[""][0]
     errors = distortions(bench, 0, own)
     assert errors.shape == (4, 4, 4)
     e_k, e_v, e_a, e_o = errors.unbind(-1)

@@ -56,7 +56,7 @@ assert "halve" in str(recipes.schema())
 tier = '[{{ use = "halve", part = "search" }}]'
 template = recipes.loads(f'kvtune = 1\\n[[layers]]\\nspan = "all"\\nkept.keys = {{tier}}')
 known = Facts("Tiny", (LayerFacts("full_attention", 2, 4, 64),), 128, 61)
-chains = space.opened(template, known)[0].chains("keys")
+chains = space.opened(template, known)[""][0].chains("keys")
 print(sorted(codec.part for chain in chains for codec in chain.codecs))
 try:
     parts.parse({{"use": "halv"}})
