@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtune.cache import weigh
-from kvtune.errors import IntegrityError
+from kvtune.errors import IntegrityError, ResourceError
 from kvtune.files import canonical_json, sha256_bytes, write_atomic
 from kvtune.layout import Goal, Layout, shared
 from kvtune.measure import Bench
@@ -112,7 +112,10 @@ class Search:
     def _scale(self, side: Side, plain: Surrogate) -> float:
         factors = []
         for chain in _probes(self.choices, side, plain):
-            measured = self.bench.measure(self._one_sided(side, chain)).means()["kl"]
+            try:
+                measured = self.bench.measure(self._one_sided(side, chain)).means()["kl"]
+            except ResourceError:
+                continue  # a scale from the other probe, or none, only orders the starts less well
             rungs = [r for place, found in plain.rungs.items() if place[1] == side for r in found]
             priced = sum(rung.price for rung in rungs if rung.chain == chain)
             if measured > 0 and priced > 0:  # a context shorter than a block encodes nothing

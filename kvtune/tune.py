@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kvtune import runs
 from kvtune.bank import Bank, Sizes, build, text_tokens
 from kvtune.cache import weigh
 from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_further, quiet
-from kvtune.errors import IntegrityError, UsageError
+from kvtune.errors import IntegrityError, ResourceError, UsageError
 from kvtune.files import sweep, write_atomic
 from kvtune.front import (
     Candidate,
@@ -151,9 +152,10 @@ class Tuner:
         bench = Bench(self.model, bank, find_ropes(self.model))
         chosen = worth_measuring(rows, self.layout, most + 2)
         measured: list[Candidate] = []
-        for origin, assignment in chosen:
-            measured.append(held_out(bench, self.layout, origin, assignment))
-            self.say("held-out text", len(measured), len(chosen))
+        for done, (origin, assignment) in enumerate(chosen, 1):
+            with suppress(ResourceError):  # what does not fit into memory is no candidate
+                measured.append(held_out(bench, self.layout, origin, assignment))
+            self.say("held-out text", done, len(chosen))
         runs.clear_front(self.folder)
         points: list[Point] = []
         proved = worth_proving(measured, most)
