@@ -22,6 +22,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
     update,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -30,6 +31,7 @@ from kvtune.owners import gone, token
 from kvtune.storage import settled
 
 SECONDS = 60.0  # a lease that was not renewed for so long is anybody's
+IDLE = "idle_in_transaction_session_timeout"  # milliseconds
 TURN = ""  # what stands in the row whose lock is a worker's turn
 
 _tables = MetaData()
@@ -104,6 +106,12 @@ class Turn:
         mine = and_(self._is(what), LEASES.c.owner == self.owner)
         self.connection.execute(delete(LEASES).where(mine))
 
+    def sweep(self) -> None:
+        """Deletes the leases of workers that are dead, as if they had given them back."""
+        kept = [TURN, *self.others()]
+        dead = and_(LEASES.c.owner != self.owner, LEASES.c.what.not_in(kept))
+        self.connection.execute(delete(LEASES).where(LEASES.c.study == self.study, dead))
+
     def _is(self, what: str) -> ColumnElement[bool]:
         return and_(LEASES.c.study == self.study, LEASES.c.what == what)
 
@@ -119,6 +127,8 @@ class Leases:
     def turn(self) -> Iterator[Turn]:
         """Waits until no other worker has its turn. All is done at the end, or nothing."""
         with self.engine.begin() as connection:
+            if self.engine.name == "postgresql":  # the turn of a machine that vanished ends
+                connection.execute(text(f"SET LOCAL {IDLE} = {round(1000 * SECONDS)}"))
             self._lock(connection)
             yield Turn(connection, self.study, self.owner, self._now(), self.seconds)
 

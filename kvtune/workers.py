@@ -143,6 +143,8 @@ def writing(storage: str, name: str, seconds: float) -> Iterator[tuple[RDBStorag
             yield store, Alone()
             return
         leases = Leases(store.engine, name, seconds)
+        with leases.turn() as turn:
+            turn.sweep()
         with leases.renewed():
             yield store, Team(store, leases)
 
