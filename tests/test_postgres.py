@@ -153,7 +153,7 @@ def test_workers_killed_at_random_moments_lose_no_trial(
     url: str, log: Path, stack: ExitStack, straight: list[Row]
 ) -> None:
     moments, killed = Random(3), 0
-    while killed < 8:
+    while killed < 5:
         crowd = [start(stack, "search:24", url, log) for _ in range(3)]
         until = len(evaluations(log)) + 1 + moments.randrange(3)
         while len(evaluations(log)) < until and crowd[0].poll() is None:
