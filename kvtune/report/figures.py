@@ -183,18 +183,13 @@ def spectrum(energy: Tensor, ranks: Mapping[float, Sequence[int]]) -> Figure:
     """Cumulative energy [L, D] over layers and directions, with lines where shares are reached."""
     share = energy.T
     z = [[round(float(value), 4) for value in row] for row in share]
-    texts = [
-        [
-            hover(f"layer {j}", f"{i + 1} of {len(z)} directions hold {100 * value:.1f} %")
-            for j, value in enumerate(row)
-        ]
-        for i, row in enumerate(z)
-    ]
     low = float(torch.floor(share.min() * 10) / 10)
     ticks = [tick / 10 for tick in range(round(10 * low), 11)]
     bar = _bar("share of energy", ticks, [f"{100 * tick:.0f} %" for tick in ticks])
-    heat = _heat(z, [], texts, bar, low, 1.0) | {"xgap": 0, "ygap": 0}
+    heat = _heat(z, [], None, bar, low, 1.0) | {"xgap": 0, "ygap": 0}
     heat["y"] = list(range(1, len(z) + 1))
+    held = f"%{{y}} of {len(z)} directions hold %{{z:.1%}}"
+    heat["hovertemplate"] = f"<b>layer %{{x}}</b><br>{held}<extra></extra>"
     lines = [_reached(found) for found in ranks.values()]
     y = {"title": titled("directions kept"), "range": [0.5, len(z) + 0.5], "showgrid": False}
     made = figure([heat, *lines], _layer_axis(energy.shape[0]), y)

@@ -86,7 +86,7 @@ def read(folder: Path) -> Run:
         MissingInputError: it holds neither a profile nor a proved front.
         IntegrityError: one of its files is damaged.
     """
-    summary = _record(folder / runs.SUMMARY, Summary)
+    summary = _timed(_record(folder / runs.SUMMARY, Summary))
     profile = _profile(folder)
     if summary is None and profile is None:
         what = f"{folder} holds nothing to report: no {runs.SUMMARY} and no {runs.PROFILE}."
@@ -108,6 +108,20 @@ def read(folder: Path) -> Run:
         tuple(found for found in scores if found),
         _command(folder),
     )
+
+
+def _timed(summary: Summary | None) -> Summary | None:
+    """The summary, its proved points with the latency that was found on held-out text."""
+    if summary is None:
+        return None
+    known = {(own.origin, own.bytes): own.latency for own in summary.held_out}
+    points = tuple(
+        point.model_copy(update={"latency": known.get((point.origin, point.bytes))})
+        if point.latency is None
+        else point
+        for point in summary.points
+    )
+    return summary.model_copy(update={"points": points})
 
 
 def _profile(folder: Path) -> Profile | None:

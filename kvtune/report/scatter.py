@@ -134,7 +134,8 @@ def _x(summary: Summary, axis: str) -> dict[str, Any]:
         return title
     if axis == "bits":
         return {**title, "type": "log", "tickvals": [1, 1.5, 2, 3, 4, 6, 8, 12, 16]}
-    ticks = _ladder([own.bytes for own in (*summary.points, *summary.held_out)])
+    every: list[Placed] = [*summary.points, *summary.held_out]
+    ticks = _ladder([own.bytes for own in every])
     names = [size(tick).replace(".0 ", " ") for tick in ticks]
     return {**title, "type": "log", "tickvals": ticks, "ticktext": names}
 
