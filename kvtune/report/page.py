@@ -10,6 +10,7 @@ from importlib import resources
 
 from kvtune.cli.amounts import size
 from kvtune.report import evidence, numbers, sections, sentences
+from kvtune.report.attention import attention
 from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, data_block, joined, script, tag
 from kvtune.report.sections import Figures
@@ -24,6 +25,7 @@ NAMES = {
     "recipe": "Recipe",
     "prices": "Prices",
     "spectra": "Spectra",
+    "attention": "Attention",
     "predictions": "Predictions",
     "scores": "Tasks",
     "run": "Run",
@@ -39,6 +41,7 @@ def page(run: Run) -> bytes:
         "recipe": sections.recipe(run, figures),
         "prices": evidence.price_table(run, figures),
         "spectra": evidence.spectrum(run, figures),
+        "attention": attention(run, figures),
         "predictions": evidence.predictions(run, figures),
         "scores": evidence.scores(run, figures),
         "run": evidence.about(run, place),
