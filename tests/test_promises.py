@@ -12,7 +12,8 @@
 | temporaries of killed writers are cleaned up | test_files | sweep |
 | and by every run | test_promises | killed_and_run_again |
 | any changed byte of a recipe's tensors is found | test_promises | every_byte |
-| before anything is parsed | test_tensors | every_changed_byte |
+| any changed byte of a profile is found | test_promises | every_bit_of_a_profile |
+| of tensors, before anything is parsed | test_tensors | every_changed_byte |
 | another model is refused, though its shapes are the same | test_promises | other_weights |
 | any changed weight of keys and values makes another model | test_models | every_weight |
 | a hostile recipe is only data | test_recipe | wrong_recipe, cannot_be_a_recipe, hundred_thousand |
@@ -45,9 +46,11 @@ import pytest
 import torch
 
 from kvtune import recipe as recipes
+from kvtune.errors import IntegrityError
 from kvtune.files import _HOST, SUFFIX
 from kvtune.measure import Bench
 from kvtune.models import facts, fingerprint, load_model
+from kvtune.profile import Cell, Profile
 from kvtune.recipe import RECIPE_FILE
 from kvtune.search import STUDY
 from kvtune.study import rows
@@ -278,6 +281,22 @@ def test_every_byte_of_a_recipes_tensors_is_watched(kv: Any, bundle: Path) -> No
         assert said.code == 4 and "has changed" in said.told, place
     file.write_bytes(sound)
     assert kv("recipe", "check", bundle).code == 0
+
+
+def test_every_bit_of_a_profile_is_watched(tmp_path: Path) -> None:
+    file = tmp_path / "profile.safetensors"
+    cells = (Cell(0, "keys", "[]", 4, 64),)
+    made = Profile(cells, {"prices": torch.ones(1)}, {"model": "tiny", "sizes": [1, 2, 3]})
+    made.save(file)
+    sound = file.read_bytes()
+    held = Profile.load(file)
+    assert (held.cells, held.meta) == (cells, made.meta)
+    for bit in range(8 * len(sound)):
+        broken = bytearray(sound)
+        broken[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(broken)
+        with pytest.raises(IntegrityError):
+            Profile.load(file)
 
 
 def test_other_weights_of_the_same_shape_are_another_model(
