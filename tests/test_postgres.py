@@ -200,9 +200,9 @@ def test_a_worker_whose_lease_was_taken_over_tells_nothing(
     sleeper.send_signal(signal.SIGSTOP)  # alive, but it renews nothing
     assert ended(start(stack, "search:6", url, log, SHORT)) == "6"
     before = rows(url, worker.NAME)
+    Path(f"{log}.go").touch()
     sleeper.send_signal(signal.SIGCONT)
-    sleeper.send_signal(signal.SIGINT)
-    sleeper.wait()
+    assert ended(sleeper) == "6"
     assert rows(url, worker.NAME) == before
     assert [row.attrs["worker"] == sleeper.pid for row in before] == [True] + [False] * 5
     assert max(evaluations(log).values()) == 2
