@@ -65,17 +65,18 @@ class Run:
         calibrate = ("kvtune", "calibrate", model or "MODEL", "-o", place)
         again = ("kvtune", "search", place, *(("--fresh",) if self.summary else ()))
         suite = ("kvtune", "apply", f"{place}/chosen", "--model", model or "MODEL")
-        found = [
-            (self.profile, "the price table and the spectra (profile.safetensors)", calibrate),
-            (self.summary, "the proved front (tune.json)", again),
-            (
-                not self.summary or self.summary.held_out,
-                "uniform recipes on held-out text (held_out in tune.json)",
-                again,
-            ),
-            (self.trials, f"the search's trials ({TRIALS})", again),
-            (self.scores, f"task scores ({SCORES}/)", (*suite, "--suite", "quick")),
-        ]
+        found: list[tuple[object, str, tuple[str, ...]]]
+        profile = "the price table and the spectra (profile.safetensors)"
+        found = [(self.profile, profile, calibrate)]
+        if self.summary is None:  # all the rest comes with the front, or after it
+            found.append((None, "the proved front (tune.json)", again))
+        else:
+            held = "uniform recipes on held-out text (held_out in tune.json)"
+            found += [
+                (self.summary.held_out, held, again),
+                (self.trials, f"the search's trials ({TRIALS})", again),
+                (self.scores, f"task scores ({SCORES}/)", (*suite, "--suite", "quick")),
+            ]
         return [Missing(part, words) for there, part, words in found if not there]
 
 
