@@ -14,6 +14,7 @@ from sqlalchemy import (
     Engine,
     Float,
     MetaData,
+    Select,
     String,
     Table,
     Text,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
     update,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -30,6 +32,7 @@ from kvtune.owners import gone, token
 from kvtune.storage import settled
 
 SECONDS = 60.0  # a lease that was not renewed for so long is anybody's
+IDLE = "idle_in_transaction_session_timeout"  # milliseconds
 TURN = ""  # what stands in the row whose lock is a worker's turn
 
 _tables = MetaData()
@@ -104,8 +107,30 @@ class Turn:
         mine = and_(self._is(what), LEASES.c.owner == self.owner)
         self.connection.execute(delete(LEASES).where(mine))
 
+    def sweep(self) -> None:
+        """Deletes the leases of workers that are dead, as if they had given them back."""
+        kept = [TURN, *self.others()]
+        dead = and_(LEASES.c.owner != self.owner, LEASES.c.what.not_in(kept))
+        self.connection.execute(delete(LEASES).where(LEASES.c.study == self.study, dead))
+
     def _is(self, what: str) -> ColumnElement[bool]:
         return and_(LEASES.c.study == self.study, LEASES.c.what == what)
+
+
+@contextmanager
+def _transaction(engine: Engine) -> Iterator[Connection]:
+    """As `engine.begin`; PostgreSQL ends that of a worker which stands still or has vanished."""
+    with engine.begin() as connection:
+        if engine.name == "postgresql":
+            connection.execute(text(f"SET LOCAL {IDLE} = {round(1000 * SECONDS)}"))
+        yield connection
+
+
+def _now(connection: Connection) -> float:
+    """Reads the database's clock: seconds since some moment. A turn may have waited long for it."""
+    postgres = connection.dialect.name == "postgresql"  # whose now() is when a transaction began
+    clock = func.clock_timestamp() if postgres else func.utc_timestamp()
+    return float(connection.execute(select(clock)).scalar_one().timestamp())
 
 
 class Leases:
@@ -114,13 +139,15 @@ class Leases:
     def __init__(self, engine: Engine, study: str, seconds: float = SECONDS) -> None:
         self.engine, self.study, self.seconds = made(engine), study, seconds
         self.owner = token()
+        self._seat()
 
     @contextmanager
     def turn(self) -> Iterator[Turn]:
         """Waits until no other worker has its turn. All is done at the end, or nothing."""
-        with self.engine.begin() as connection:
-            self._lock(connection)
-            yield Turn(connection, self.study, self.owner, self._now(), self.seconds)
+        with _transaction(self.engine) as connection:
+            # a row of our own: Optuna locks the study's, in transactions inside the turn
+            connection.execute(self._turn().with_for_update()).one()
+            yield Turn(connection, self.study, self.owner, _now(connection), self.seconds)
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -136,30 +163,23 @@ class Leases:
             with suppress(SQLAlchemyError):  # they end by themselves
                 self._give_all()
 
-    def _lock(self, connection: Connection) -> None:
-        """Locks a row rather than a study: Optuna locks studies itself, in other transactions."""
+    def _turn(self) -> Select[tuple[str]]:
         mine = and_(LEASES.c.study == self.study, LEASES.c.what == TURN)
-        row = select(LEASES.c.owner).where(mine).with_for_update()
-        if connection.execute(row).first() is not None:
-            return
-        with suppress(IntegrityError), self.engine.begin() as other:
-            new = {"study": self.study, "what": TURN, "owner": "", "expires": 0.0}
-            other.execute(insert(LEASES).values(new))
-        connection.execute(row).one()
+        return select(LEASES.c.owner).where(mine)
 
-    def _now(self) -> float:
-        """Reads the clock in a transaction of its own: to PostgreSQL, now is when that began."""
-        mysql = self.engine.name in ("mysql", "mariadb")
-        clock = func.utc_timestamp() if mysql else func.now()
-        with self.engine.connect() as connection:
-            return float(connection.execute(select(clock)).scalar_one().timestamp())
+    def _seat(self) -> None:
+        """Makes the row that is locked in turns, unless another worker does."""
+        with suppress(IntegrityError), self.engine.begin() as connection:
+            if connection.execute(self._turn()).first() is None:
+                row = {"study": self.study, "what": TURN, "owner": "", "expires": 0.0}
+                connection.execute(insert(LEASES).values(row))
 
     def _renew(self, over: threading.Event) -> None:
         while not over.wait(self.seconds / 4):
-            with suppress(SQLAlchemyError):  # the next time, or the worker finds out at its turn
-                expires = self._now() + self.seconds
-                with self.engine.begin() as connection:
-                    connection.execute(update(LEASES).where(self._mine()).values(expires=expires))
+            # if it fails: the next time, or the worker finds out at its turn
+            with suppress(SQLAlchemyError), _transaction(self.engine) as connection:
+                expires = _now(connection) + self.seconds
+                connection.execute(update(LEASES).where(self._mine()).values(expires=expires))
 
     def _give_all(self) -> None:
         with self.engine.begin() as connection:

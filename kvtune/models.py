@@ -117,8 +117,8 @@ def load_model(
     """Loads model and tokenizer by `demo`, a local folder
     (safetensors or one GGUF file) or a hub id.
 
-    Never runs remote code. `auto` is float32 on a CPU (bfloat16 noise hides what 8 bits cost) and
-    bfloat16 on a GPU.
+    Never runs remote code and never reads a pickle. `auto` is float32 on a CPU (bfloat16 noise
+    hides what 8 bits cost) and bfloat16 on a GPU.
 
     Args:
         device_map: how accelerate spreads the model over all GPUs and the CPU ("auto"), in place
@@ -139,7 +139,12 @@ def load_model(
     try:
         facts(AutoConfig.from_pretrained(source, **options))
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=pick_dtype(dtype, place), attn_implementation="sdpa", **spread, **options
+            source,
+            dtype=pick_dtype(dtype, place),
+            attn_implementation="sdpa",
+            **({} if "gguf_file" in options else {"use_safetensors": True}),  # never a pickle
+            **spread,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:

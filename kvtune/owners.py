@@ -19,7 +19,7 @@ def token() -> str:
 
 def gone(owner: str) -> bool:
     """Tells whether a worker is known to be dead; one on another machine never is."""
-    machine, pid, began, _ = owner.split(" ")
+    machine, pid, began, _ = owner.rsplit(" ", 3)
     return began != UNKNOWN and machine == _machine() and began != _began(int(pid))
 
 

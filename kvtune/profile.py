@@ -3,19 +3,24 @@ safetensors file that any recipe search can use."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvtune.errors import IntegrityError
+from kvtune.files import canonical_json
 from kvtune.parts import Chain
 from kvtune.space import Side
 from kvtune.tensors import Artifact
 
-FORMAT = 1
+FORMAT, UNSEALED = 2, 1  # what is written, and what was before there were seals
+SEAL = "seal"
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Profile:
         cells = [
             [cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.cells
         ]
-        return Artifact(self.tensors, {"profile": FORMAT, "cells": cells, **self.meta}).save(path)
+        meta: dict[str, Any] = {"profile": FORMAT, "cells": cells, **self.meta}
+        return Artifact(self.tensors, {**meta, SEAL: _seal(self.tensors, meta)}).save(path)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -74,8 +80,12 @@ class Profile:
         """
         artifact = Artifact.load(path)
         meta = dict(artifact.meta)
+        seal = meta.pop(SEAL, None)
+        if meta.get("profile") != UNSEALED and seal != _seal(artifact.tensors, meta):
+            again = "Delete it and run: kvtune calibrate MODEL"
+            raise IntegrityError(f"{path} has changed since it was written.", again)
         version, cells = meta.pop("profile", None), meta.pop("cells", None)
-        if version != FORMAT or not isinstance(cells, list):
+        if version not in (UNSEALED, FORMAT) or not isinstance(cells, list):
             raise IntegrityError(
                 f"{path} is not a profile of format {FORMAT}.", "Run: kvtune calibrate MODEL"
             )
@@ -85,6 +95,15 @@ class Profile:
             raise IntegrityError(
                 f"{path} holds malformed cells: {error}.", "Run: kvtune calibrate MODEL"
             ) from None
+
+
+def _seal(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Hash of all that a profile says, so that a changed byte is found."""
+    facts = {name: [str(x.dtype), list(x.shape)] for name, x in tensors.items()}
+    total = hashlib.sha256(canonical_json([facts, dict(meta)]).encode())
+    for name in sorted(tensors):
+        total.update(tensors[name].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def setting(chain: Chain) -> str:

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 from kvtune_kernels import Window
@@ -107,6 +107,12 @@ class LayerPolicy(_Model):
     sinks: Annotated[int, Field(ge=0, le=1024)] = 0
     recent: Annotated[int, Field(ge=0, le=65536)] = 0
     kept: Tier = Tier()
+
+    per_head: ClassVar[bool] = False
+
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """All pairs of sinks and recent that are opened."""
+        return ((self.sinks, self.recent),)
 
     def is_open(self) -> bool:
         """True when a setting still says "search"."""

@@ -29,6 +29,8 @@ from kvtune.errors import (
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds to wait for another program's transaction
+# a server that vanished is missed within a minute; a worker would wait for its answer for hours
+KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 SETTLING = (0.1, 0.3, 1.0, 3.0)  # seconds between tries to make tables that others make as well
 MAGIC = b"SQLite format 3\0"
 EXHAUSTED = ("full", "disk i/o", "readonly", "unable to open", "locked", "out of memory")
@@ -152,6 +154,8 @@ def _connect(url: URL) -> RDBStorage:
     options: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}}
     if is_server(url):
         options = {"pool_pre_ping": True}  # a connection may have died during a long evaluation
+        if url.drivername == "postgresql+psycopg":
+            options["connect_args"] = KEEPALIVE
     try:
         # With all tables there none is made, so that a newer Optuna's file is refused untouched.
         made = file is not None and finished_schema(file)

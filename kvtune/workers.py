@@ -75,7 +75,7 @@ class Team:
     def __init__(self, store: RDBStorage, leases: Leases) -> None:
         self._store, self._leases = store, leases
         self._turn: Turn | None = None
-        self.pause = min(1.0, leases.seconds / 10)
+        self.pause = min(0.5, leases.seconds / 10)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -143,6 +143,8 @@ def writing(storage: str, name: str, seconds: float) -> Iterator[tuple[RDBStorag
             yield store, Alone()
             return
         leases = Leases(store.engine, name, seconds)
+        with leases.turn() as turn:
+            turn.sweep()
         with leases.renewed():
             yield store, Team(store, leases)
 

@@ -55,6 +55,7 @@ def show(driver: Any, page: Path, width: int = 1280, theme: str = "light") -> No
 def requests(driver: Any) -> list[str]:
     """The addresses that were asked for since the page was opened; `data:` is none."""
     events = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
-    sent = [event for event in events if event["method"] == "Network.requestWillBeSent"]
-    urls = [event["params"]["request"]["url"] for event in sent]
-    return [url for url in urls if not url.startswith("data:")]
+    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    # the browser's own start page may still have been loading
+    ours = [one for one in sent if not one["documentURL"].startswith("chrome://")]
+    return [u for one in ours if not (u := one["request"]["url"]).startswith("data:")]

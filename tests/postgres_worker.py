@@ -34,7 +34,7 @@ def evaluate(choice: Choice, rows: Sequence[Row] = ()) -> Outcome:
 
 
 def noted(log: str, hang: int = 0) -> Evaluate:
-    """Notes each evaluation; the one of the number `hang` says so and takes a minute."""
+    """Notes each evaluation; the one of the number `hang` says so, and waits for a file."""
     calls: list[Choice] = []
 
     def slowly(choice: Choice, rows: Sequence[Row]) -> Outcome:
@@ -43,7 +43,8 @@ def noted(log: str, hang: int = 0) -> Evaluate:
         calls.append(choice)
         if len(calls) == hang:
             print("held", flush=True)
-            time.sleep(60)
+            while not Path(f"{log}.go").exists():
+                time.sleep(0.01)
         time.sleep(0.02)
         return Outcome(evaluate(choice).values, {"worker": float(os.getpid())})
 

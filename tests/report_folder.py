@@ -77,6 +77,8 @@ def profile(name: str) -> Profile:
     names = ("keys", "values", "queries")
     tensors = {"prices": by_head.sum(-1), "prices_by_head": by_head}
     tensors |= {f"moments.{side}": moments[i].contiguous() for i, side in enumerate(names)}
+    for stat in ("sinks", "recent", "coverage90"):
+        tensors[f"mass.{stat}"] = torch.rand(LAYERS, 2 * HEADS, generator=generator)
     return Profile(cells, tensors, {"model": name, "text": name, "fingerprint": name})
 
 

@@ -38,7 +38,7 @@ FLOORS = (
     "report.figures report.sentences",
     "report.scatter report.terminal",
     "report.sections",
-    "report.evidence",
+    "report.attention report.evidence",
     "report.page",
     "report",
     "cli.options cli.progress cli.timings cli.workers",

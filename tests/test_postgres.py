@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -102,6 +103,8 @@ def said(process: Worker) -> str:
 
 def evaluations(log: Path) -> Counter[str]:
     """How often the evaluation of each configuration was begun."""
+    if not log.exists():
+        return Counter()
     return Counter(line.partition(" ")[2] for line in log.read_text().splitlines())
 
 
@@ -146,6 +149,25 @@ def test_a_killed_worker_loses_no_trial_and_none_is_done_twice(
     assert stored_leases(url) == TURN_ONLY + 1  # that the victim is there, which nobody believes
 
 
+def test_workers_killed_at_random_moments_lose_no_trial(
+    url: str, log: Path, stack: ExitStack, straight: list[Row]
+) -> None:
+    moments, killed = Random(3), 0
+    while killed < 5:
+        crowd = [start(stack, "search:24", url, log) for _ in range(3)]
+        until = len(evaluations(log)) + 1 + moments.randrange(3)
+        while len(evaluations(log)) < until and crowd[0].poll() is None:
+            time.sleep(0.01)
+        for process in crowd:
+            time.sleep(moments.uniform(0.0, 0.1))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+    table = worker.search(url, 24, resume=True)
+    assert bare(table) == bare(straight)
+    assert sum(evaluations(log).values()) <= 24 + killed
+    assert stored_leases(url) == TURN_ONLY
+
+
 def test_workers_that_race_for_tiny_trials_never_hold_the_same_one(
     url: str, log: Path, stack: ExitStack
 ) -> None:
@@ -178,9 +200,9 @@ def test_a_worker_whose_lease_was_taken_over_tells_nothing(
     sleeper.send_signal(signal.SIGSTOP)  # alive, but it renews nothing
     assert ended(start(stack, "search:6", url, log, SHORT)) == "6"
     before = rows(url, worker.NAME)
+    Path(f"{log}.go").touch()
     sleeper.send_signal(signal.SIGCONT)
-    sleeper.send_signal(signal.SIGINT)
-    sleeper.wait()
+    assert ended(sleeper) == "6"
     assert rows(url, worker.NAME) == before
     assert [row.attrs["worker"] == sleeper.pid for row in before] == [True] + [False] * 5
     assert max(evaluations(log).values()) == 2
@@ -260,6 +282,15 @@ def test_a_lost_server_is_an_answer_and_the_study_goes_on_when_it_is_back() -> N
         own.close()
 
 
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg"])
+def test_a_server_that_is_not_there_is_named_without_its_password(scheme: str) -> None:
+    with pytest.raises(
+        MissingInputError, match=r"me:\*\*\*@.* fails: .*Is its server up"
+    ) as caught:
+        worker.search(f"{scheme}://me:secret@/db?host=/nowhere", 1)
+    assert "secret" not in str(caught.value)
+
+
 def test_all_workers_get_one_shared_value(url: str, log: Path, stack: ExitStack) -> None:
     crowd = [start(stack, "share", url, log) for _ in range(4)]
     found = {ended(process) for process in crowd}
@@ -313,6 +344,7 @@ def test_an_owner_is_gone_when_its_process_is_and_not_when_it_is_elsewhere() -> 
     ("storage", "words"),
     [
         ("postgresql+psycopg2://me@host/db", r"no driver .*pip install 'kvtune\[postgres\]'"),
+        ("postgresql+psycopg2://me@/db?host=/nowhere", "no driver"),
         ("mssql+pyodbc://me@host/db", "cannot share"),
     ],
 )

@@ -7,13 +7,16 @@ import shutil
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from kvtune import report
 from kvtune.profile import Profile
-from kvtune.report import numbers, spectra
+from kvtune.recipe import LayerPolicy, Tier, loads
+from kvtune.report import layers, numbers, spectra
+from kvtune.report.figures import layer_map
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "kvtune" / "report"
@@ -33,6 +36,7 @@ kv = TINY.kv
 LOST = (
     ("profile.safetensors", "prices", "kvtune calibrate"),
     ("profile.safetensors", "spectra", "kvtune calibrate"),
+    ("profile.safetensors", "attention", "kvtune calibrate"),
     ("tune.json", "front", "kvtune search"),
     ("tune.json", "recipe", "kvtune search"),
     ("trials.json", "predictions", "kvtune search"),
@@ -224,3 +228,42 @@ def test_what_the_page_is_made_of_goes_into_the_wheel():
     globs = tool["package-data"]["kvtune.report"]
     others = {path for path in SOURCE.iterdir() if path.is_file() and path.suffix != ".py"}
     assert others == {path for glob in globs for path in SOURCE.glob(glob)}
+
+
+class PerHead(LayerPolicy):
+    """An entry that treats some kv heads in their own way."""
+
+    heads: list[dict[str, Any]]
+
+
+def affine(bits: int) -> dict[str, Any]:
+    return {"use": "affine", "bits": bits, "group": 32, "axis": "channel"}
+
+
+def test_heads_that_differ_have_rows_of_their_own():
+    recipe = loads(FOLDER.recipe(0, FOLDER.PLAIN))
+    heads = [{"span": "1", "kept": {"keys": [affine(2)], "values": []}}]
+    entry = PerHead(span="all", kept=Tier(keys=(affine(4),)), heads=heads)
+    found = layers.of_recipe(recipe.model_copy(update={"layers": (entry,)}), FOLDER.LAYERS)
+    assert [found[0].side("keys", head).bits for head in range(FOLDER.HEADS)] == [4, 2]
+    drawn = layer_map(found, FOLDER.HEADS)["data"][0]
+    assert drawn["y"] == ["keys, head 0", "keys, head 1", "values, head 0", "values, head 1"]
+    assert [2 ** row[0] for row in drawn["z"]] == [4, 2, 16, 16]
+
+
+def test_where_heads_are_alike_a_side_is_one_row():
+    found = layers.of_recipe(loads(FOLDER.recipe(1, FOLDER.PLAIN)), FOLDER.LAYERS)
+    drawn = layer_map(found, FOLDER.HEADS)["data"][0]
+    assert drawn["y"] == ["keys", "values"]
+    assert [[2**z for z in row] for row in drawn["z"]] == [[4, 4, 16], [4, 4, 16]]
+
+
+def test_a_proved_point_has_the_latency_that_held_out_text_gave(copy):
+    held = json.loads((copy / "tune.json").read_text())
+    for point in held["points"]:
+        del point["latency"]
+    known = {key: held["points"][0][key] for key in ("origin", "bytes", "bits", "ratio", "kl")}
+    held["held_out"].append(known | {"uniform": False, "latency": 77.0})
+    (copy / "tune.json").write_text(json.dumps(held))
+    points = report.read(copy).summary.points
+    assert [point.latency for point in points] == [77.0, None, None]

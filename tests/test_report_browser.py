@@ -212,7 +212,7 @@ def test_print_is_light_has_no_buttons_and_cuts_no_chart(driver, pages):
     for element in driver.find_elements("css selector", "#theme, select, nav, [data-copies]"):
         assert not element.is_displayed()
     widths = "return [...document.querySelectorAll('.main-svg')].map(svg => svg.clientWidth)"
-    assert 0 < max(driver.execute_script(widths)) <= 640
+    assert 0 < max(driver.execute_script(widths)) <= 660
     driver.execute_script("dispatchEvent(new Event('afterprint'))")
     assert driver.execute_script("return document.documentElement.dataset.theme ?? ''") == ""
     done = driver.execute_cdp_cmd("Page.printToPDF", {})

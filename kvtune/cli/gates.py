@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvtune.texts import Document
 
 PANEL = "Gates"
+FEW = 4  # sequences below which a bootstrap interval is too narrow to judge a baseline by
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,11 @@ def judge(
             out.warn(
                 "The baseline was measured at other positions (other text or --sequences), so "
                 "intervals are compared: only a large change can fail."
+            )
+        if len(found.evidence.rows) < FEW:
+            out.warn(
+                f"{len(found.evidence.rows)} sequences say little about chance: a change of chance "
+                f"may fail, too. Give --sequences {2 * FEW} or more."
             )
     out.data |= {"proof": found.proof.table(), "evidence": found.evidence.table()}
     out.data["gates"] = [vars(verdict) for verdict in judged]

@@ -12,7 +12,15 @@ from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, joined, table, tag
 from kvtune.report.prices import PriceTable
 from kvtune.report.records import Scores, Task
-from kvtune.report.sections import Figures, chart, details, numbers_of, section, switch
+from kvtune.report.sections import (
+    Figures,
+    chart,
+    details,
+    numbers_of,
+    rows_high,
+    section,
+    switch,
+)
 
 
 def price_table(run: Run, figures: Figures) -> Markup | None:
@@ -34,7 +42,7 @@ def price_table(run: Run, figures: Figures) -> Markup | None:
             "The KL that a setting of one layer costs while all else stays at 16 bits.",
         ),
         tag("div", switch("prices", "Side", {side: side for side in sides}), class_="switches"),
-        chart("prices", f"prices.{first}", said, 130 + 22 * tall),
+        chart("prices", f"prices.{first}", said, rows_high(tall)),
         *(details(f"Prices of {side} in nats", _prices(own)) for side, own in sides.items()),
     )
 
@@ -172,16 +180,21 @@ def _task(name: str, own: Task) -> list[Child]:
 
 
 def _mean(found: Scores) -> Markup | None:
-    told = [f"{_name(key)} {value:.2f}" for key, value in _flat(found.mean or {}).items()]
-    return (
-        tag("p", f"Mean over the tasks that tell: {', '.join(told)}.", class_="note")
-        if told
-        else None
-    )
+    told = [
+        f"{name} {said}" for name, value in (found.mean or {}).items() if (said := _said(value))
+    ]
+    if not told:
+        return None
+    return tag("p", f"Mean over the tasks that tell: {', '.join(told)}.", class_="note")
 
 
-def _name(key: str) -> str:
-    return key.removesuffix(" score").removesuffix(" mean")
+def _said(value: object) -> str:
+    """A number, or a mean with its interval; empty for anything else."""
+    if isinstance(value, Mapping):
+        centre = _said(value.get("score", value.get("mean")))
+        low, high = _said(value.get("low")), _said(value.get("high"))
+        return f"{centre} ({low} to {high})" if low and high else centre
+    return f"{value:.2f}" if isinstance(value, float | int) else ""
 
 
 def _flat(values: Mapping[str, object], before: str = "") -> dict[str, float]:

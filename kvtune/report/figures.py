@@ -69,7 +69,8 @@ def hover(*lines: str) -> str:
     return "<br>".join([f"<b>{first}</b>", *rest])
 
 
-def _layer_axis(count: int) -> dict[str, Any]:
+def layer_axis(count: int) -> dict[str, Any]:
+    """The axis of layers: about ten of them are named."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if count / step <= 11)
     return {
         "title": titled("layer"),
@@ -133,7 +134,7 @@ def layer_map(layers: Sequence[Layer], heads: int) -> Figure:
     known = sorted({bits for row in z for bits in row} | {2.0, 4.0, 8.0, 16.0})
     bar = _bar("bits per code", [math.log2(bits) for bits in known], [f"{b:g}" for b in known])
     heat = _heat(logs, names, texts, bar, math.log2(known[0]), 4.0)
-    made = figure([heat], _layer_axis(len(layers)), _rows_axis())
+    made = figure([heat], layer_axis(len(layers)), _rows_axis())
     made["layout"]["margin"] = {"l": 8, "r": 12, "t": TOP, "b": 8}
     return made
 
@@ -164,7 +165,7 @@ def price_map(table: PriceTable) -> Figure:
     bar = _bar("KL in nats", few, [_power(power) for power in few])
     heat = _heat(z, list(table.names), texts, bar, low, high)
     heat["x"] = list(table.layers)
-    made = figure([heat], _layer_axis(max(table.layers, default=0) + 1), _rows_axis())
+    made = figure([heat], layer_axis(max(table.layers, default=0) + 1), _rows_axis())
     made["layout"]["margin"] = {"l": 8, "r": 12, "t": TOP, "b": 8}
     return made
 
@@ -183,21 +184,16 @@ def spectrum(energy: Tensor, ranks: Mapping[float, Sequence[int]]) -> Figure:
     """Cumulative energy [L, D] over layers and directions, with lines where shares are reached."""
     share = energy.T
     z = [[round(float(value), 4) for value in row] for row in share]
-    texts = [
-        [
-            hover(f"layer {j}", f"{i + 1} of {len(z)} directions hold {100 * value:.1f} %")
-            for j, value in enumerate(row)
-        ]
-        for i, row in enumerate(z)
-    ]
     low = float(torch.floor(share.min() * 10) / 10)
     ticks = [tick / 10 for tick in range(round(10 * low), 11)]
     bar = _bar("share of energy", ticks, [f"{100 * tick:.0f} %" for tick in ticks])
-    heat = _heat(z, [], texts, bar, low, 1.0) | {"xgap": 0, "ygap": 0}
+    heat = _heat(z, [], None, bar, low, 1.0) | {"xgap": 0, "ygap": 0}
     heat["y"] = list(range(1, len(z) + 1))
+    held = f"%{{y}} of {len(z)} directions hold %{{z:.1%}}"
+    heat["hovertemplate"] = f"<b>layer %{{x}}</b><br>{held}<extra></extra>"
     lines = [_reached(found) for found in ranks.values()]
     y = {"title": titled("directions kept"), "range": [0.5, len(z) + 0.5], "showgrid": False}
-    made = figure([heat, *lines], _layer_axis(energy.shape[0]), y)
+    made = figure([heat, *lines], layer_axis(energy.shape[0]), y)
     made["layout"]["annotations"] = [_beside(share, found) for share, found in ranks.items()]
     made["layout"]["margin"] = {"l": 8, "r": 44, "t": TOP, "b": 8}
     return made

@@ -65,17 +65,18 @@ class Run:
         calibrate = ("kvtune", "calibrate", model or "MODEL", "-o", place)
         again = ("kvtune", "search", place, *(("--fresh",) if self.summary else ()))
         suite = ("kvtune", "apply", f"{place}/chosen", "--model", model or "MODEL")
-        found = [
-            (self.profile, "the price table and the spectra (profile.safetensors)", calibrate),
-            (self.summary, "the proved front (tune.json)", again),
-            (
-                not self.summary or self.summary.held_out,
-                "uniform recipes on held-out text (held_out in tune.json)",
-                again,
-            ),
-            (self.trials, f"the search's trials ({TRIALS})", again),
-            (self.scores, f"task scores ({SCORES}/)", (*suite, "--suite", "quick")),
-        ]
+        found: list[tuple[object, str, tuple[str, ...]]]
+        profile = "the price table and the spectra (profile.safetensors)"
+        found = [(self.profile, profile, calibrate)]
+        if self.summary is None:  # all the rest comes with the front, or after it
+            found.append((None, "the proved front (tune.json)", again))
+        else:
+            held = "uniform recipes on held-out text (held_out in tune.json)"
+            found += [
+                (self.summary.held_out, held, again),
+                (self.trials, f"the search's trials ({TRIALS})", again),
+                (self.scores, f"task scores ({SCORES}/)", (*suite, "--suite", "quick")),
+            ]
         return [Missing(part, words) for there, part, words in found if not there]
 
 
@@ -86,7 +87,7 @@ def read(folder: Path) -> Run:
         MissingInputError: it holds neither a profile nor a proved front.
         IntegrityError: one of its files is damaged.
     """
-    summary = _record(folder / runs.SUMMARY, Summary)
+    summary = _timed(_record(folder / runs.SUMMARY, Summary))
     profile = _profile(folder)
     if summary is None and profile is None:
         what = f"{folder} holds nothing to report: no {runs.SUMMARY} and no {runs.PROFILE}."
@@ -108,6 +109,20 @@ def read(folder: Path) -> Run:
         tuple(found for found in scores if found),
         _command(folder),
     )
+
+
+def _timed(summary: Summary | None) -> Summary | None:
+    """The summary, its proved points with the latency that was found on held-out text."""
+    if summary is None:
+        return None
+    known = {(own.origin, own.bytes): own.latency for own in summary.held_out}
+    points = tuple(
+        point.model_copy(update={"latency": known.get((point.origin, point.bytes))})
+        if point.latency is None
+        else point
+        for point in summary.points
+    )
+    return summary.model_copy(update={"points": points})
 
 
 def _profile(folder: Path) -> Profile | None:

@@ -124,13 +124,13 @@
     charts.filter((place) => place.offsetParent).forEach((place) => Plotly.Plots.resize(place));
   });
 
-  /* paper is light and 17 cm wide */
+  /* paper is light and 17.5 cm wide */
   let before;
   addEventListener("beforeprint", () => {
     printing = true;
     before = root.dataset.theme;
     root.dataset.theme = "light";
-    drawAll(640);
+    drawAll(660);
   });
   addEventListener("afterprint", () => {
     printing = false;

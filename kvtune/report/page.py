@@ -10,6 +10,7 @@ from importlib import resources
 
 from kvtune.cli.amounts import size
 from kvtune.report import evidence, numbers, sections, sentences
+from kvtune.report.attention import attention
 from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, data_block, joined, script, tag
 from kvtune.report.sections import Figures
@@ -24,6 +25,7 @@ NAMES = {
     "recipe": "Recipe",
     "prices": "Prices",
     "spectra": "Spectra",
+    "attention": "Attention",
     "predictions": "Predictions",
     "scores": "Tasks",
     "run": "Run",
@@ -39,6 +41,7 @@ def page(run: Run) -> bytes:
         "recipe": sections.recipe(run, figures),
         "prices": evidence.price_table(run, figures),
         "spectra": evidence.spectrum(run, figures),
+        "attention": attention(run, figures),
         "predictions": evidence.predictions(run, figures),
         "scores": evidence.scores(run, figures),
         "run": evidence.about(run, place),
@@ -48,7 +51,7 @@ def page(run: Run) -> bytes:
         "body",
         tag("a", "Skip to the results", href="#results", class_="skip"),
         _header(run, tuple(there)),
-        tag("main", _headline(run), *there.values(), id="results", tabindex=-1),
+        tag("main", _headline(run, place), *there.values(), id="results", tabindex=-1),
         tag("footer", tag("p", f"Made by kvtune report {place}")),
         data_block("figures", figures),
         *(script(source) for source in _sources()),
@@ -82,7 +85,7 @@ def _header(run: Run, names: tuple[str, ...]) -> Markup:
     )
 
 
-def _headline(run: Run) -> Markup:
+def _headline(run: Run, place: str) -> Markup:
     said: list[Child] = [tag("p", _unbroken(sentences.headline(run)), class_="lead")]
     if point := run.chosen:
         told: dict[str, Child] = {
@@ -92,6 +95,8 @@ def _headline(run: Run) -> Markup:
             f"at {point.bytes_context:,} tokens": size(point.bytes),
         }
         said += [tag("p", _unbroken(sentences.plainly(point))), _figures(told)]
+    else:
+        said.append(tag("p", "Next: ", tag("code", f"kvtune search {place}")))
     return tag("div", *said, class_="headline")
 
 

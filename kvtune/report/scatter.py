@@ -42,7 +42,7 @@ def front(summary: Summary, axis: str, kind: str) -> Figure:
     ring |= {"uid": "ring", "legendrank": 2, "hoverinfo": "skip", "hovertemplate": None}
     ring["marker"]["line"] = {"width": 2, "color": "var(--ink)"}
     others = _others(summary, axis) if kind == "pass" else []
-    made = figure([*others, ring, proved], _x(summary, axis), _y(kind), **_legend())
+    made = figure([*others, ring, proved], _x(summary, axis), _y(kind), **legend())
     _dense(made, summary, axis)
     return made
 
@@ -134,7 +134,8 @@ def _x(summary: Summary, axis: str) -> dict[str, Any]:
         return title
     if axis == "bits":
         return {**title, "type": "log", "tickvals": [1, 1.5, 2, 3, 4, 6, 8, 12, 16]}
-    ticks = _ladder([own.bytes for own in (*summary.points, *summary.held_out)])
+    every: list[Placed] = [*summary.points, *summary.held_out]
+    ticks = _ladder([own.bytes for own in every])
     names = [size(tick).replace(".0 ", " ") for tick in ticks]
     return {**title, "type": "log", "tickvals": ticks, "ticktext": names}
 
@@ -156,7 +157,8 @@ def _y(kind: str) -> dict[str, Any]:
     }
 
 
-def _legend() -> Figure:
+def legend() -> Figure:
+    """A legend above the chart, that is only read."""
     place = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "itemclick": False}
     return {"showlegend": True, "legend": {**place, "itemdoubleclick": False}}
 
@@ -210,7 +212,7 @@ def predictions(trials: Sequence[Trial]) -> Figure:
     marks = [_trials(name, own, colour, symbol) for name, own, colour, symbol in kinds if own]
     x = {"type": "log", "title": titled("predicted KL in nats"), "dtick": 1, "tickformat": "~g"}
     y = {"type": "log", "title": titled("measured KL in nats"), "dtick": 1, "tickformat": "~g"}
-    return figure([*marks, diagonal], x, y, **_legend())
+    return figure([*marks, diagonal], x, y, **legend())
 
 
 def _trials(name: str, own: Sequence[Trial], colour: str, symbol: str) -> Figure:
@@ -282,4 +284,4 @@ def scores(found: Scores) -> Figure:
         "linecolor": LINE,
         "tickfont": {"color": MUTED},
     }
-    return figure(traces, x, y, **_legend())
+    return figure(traces, x, y, **legend())

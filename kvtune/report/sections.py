@@ -37,6 +37,11 @@ def chart(name: str, shown: str, said: str, height: int) -> Markup:
     return tag("figure", place)
 
 
+def rows_high(rows: int) -> int:
+    """The height of a heat map in px: a row can be read, but the map stays on a screen."""
+    return 130 + min(22 * rows, 900)
+
+
 def switch(name: str, label: str, options: Mapping[str, str]) -> Markup | None:
     """A menu that redraws chart `name`; nothing where there is nothing to choose."""
     if len(options) < 2:
@@ -220,7 +225,7 @@ def _body(run: Run, index: int, point: Point, figures: Figures) -> list[Child]:
     said = "Heat map: code bits of keys and values in each layer; the table below has the numbers."
     return [
         tag("h4", "Bits in each layer"),
-        chart(f"layers-{index}", f"layers.{index}", said, 150 + 22 * rows),
+        chart(f"layers-{index}", f"layers.{index}", said, rows_high(rows)),
         details("Layer by layer", _layers(found)),
         *block,
     ]
