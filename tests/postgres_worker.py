@@ -1,7 +1,8 @@
 """One of several workers on a server: `postgres_worker.py MODE URL LOG LEASE`, one to be killed.
 
-`search` evaluates all starts; `hang` stops inside its second evaluation; `sample` goes on past few
-starts; `share` prints a shared value; `sole` prints whether it is the only one, and stays.
+`search:N` evaluates N starts, `resume:N` goes on with them; `hang:N` stops inside its second
+evaluation; `sample` goes on past few starts; `share` prints a shared value; `sole` prints whether
+it is the only one, and stays.
 Each evaluation notes in LOG that it begins.
 """
 
@@ -100,7 +101,6 @@ if __name__ == "__main__":
     elif mode == "sample":
         print(len(search(url, SAMPLED, noted(log), given=FEW, lease=lease)))
     else:
-        found = search(
-            url, int(mode.partition(":")[2]), noted(log, 2 * mode.startswith("hang")), lease=lease
-        )
-        print(len(found))
+        again, hang = mode.startswith("resume"), 2 * mode.startswith("hang")
+        count = int(mode.partition(":")[2])
+        print(len(search(url, count, noted(log, hang), lease=lease, resume=again)))
