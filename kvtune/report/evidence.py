@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+
+from torch import Tensor
 
 from kvtune.cli.amounts import clock
 from kvtune.report import figures as drawn
@@ -11,7 +13,7 @@ from kvtune.report import numbers, prices, scatter, spectra
 from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, joined, table, tag
 from kvtune.report.prices import PriceTable
-from kvtune.report.records import Scores, Task
+from kvtune.report.records import Scores, Task, Trial
 from kvtune.report.sections import (
     Figures,
     chart,
@@ -61,17 +63,9 @@ def spectrum(run: Run, figures: Figures) -> Markup | None:
     energies = spectra.energies(run.profile) if run.profile else {}
     if not energies:
         return None
-    rows: list[list[Child]] = []
-    ranks = {}
     for side, energy in energies.items():
-        ranks[side] = {share: spectra.directions(energy, share) for share in spectra.SHARES}
-        figures[f"spectra.{side}"] = drawn.spectrum(
-            energy, {s: ranks[side][s] for s in (0.9, 0.99)}
-        )
-        for share, found in ranks[side].items():
-            rows.append([f"{side}, {100 * share:.0f} %", *map(str, found)])
-    layers = len(next(iter(energies.values())))
-    head = ("side, share", *(f"layer {layer}" for layer in range(layers)))
+        lines = {share: spectra.directions(energy, share) for share in (0.9, 0.99)}
+        figures[f"spectra.{side}"] = drawn.spectrum(energy, lines)
     intro = (
         "How much of the mean square of keys (before RoPE), values and queries the strongest "
         "directions of a head hold. The lines show where 90 % and 99 % are reached: the lower "
@@ -84,18 +78,25 @@ def spectrum(run: Run, figures: Figures) -> Markup | None:
         tag("p", intro),
         tag("div", switch("spectra", "Of", {side: side for side in energies}), class_="switches"),
         chart("spectra", f"spectra.{next(iter(energies))}", said, 380),
-        details(
-            "Directions that hold 90, 95 and 99 %",
-            table(head, rows, "Directions of a head that hold a share of the energy"),
-        ),
+        details("Directions that hold 90, 95 and 99 %", _directions(energies)),
     )
+
+
+def _directions(energies: Mapping[str, Tensor]) -> Markup:
+    rows = [
+        (f"{side}, {100 * share:.0f} %", *map(str, spectra.directions(energy, share)))
+        for side, energy in energies.items()
+        for share in spectra.SHARES
+    ]
+    layers = len(next(iter(energies.values())))
+    head = ("side, share", *(f"layer {layer}" for layer in range(layers)))
+    return table(head, rows, "Directions of a head that hold a share of the energy")
 
 
 def predictions(run: Run, figures: Figures) -> Markup | None:
     """How well prices predict what trials measure."""
     rows = run.trials.rows if run.trials else ()
-    known = [row for row in rows if row.kl and row.predicted and row.kl > 0 and row.predicted > 0]
-    if not known:
+    if not scatter.comparable(rows):
         return None
     figures["predictions"] = scatter.predictions(rows)
     searched = run.summary.search if run.summary else None
@@ -103,72 +104,56 @@ def predictions(run: Run, figures: Figures) -> Markup | None:
     told = f" Their rank correlation is {rank:.3f}." if rank is not None else ""
     failed = len([row for row in rows if row.state == "infeasible"])
     lost = f" {failed} of {len(rows)} trials were infeasible." if failed else ""
-    listed = [
-        (
-            str(row.number),
-            row.origin,
-            row.state,
-            numbers.significant(row.bits),
-            numbers.significant(row.predicted),
-            numbers.significant(row.kl),
-        )
-        for row in rows
-    ]
-    head = ("trial", "from", "state", "bits", "predicted KL", "measured KL")
+    intro = (
+        "Each mark is a trial of the search: the sum of its prices, and what a forward pass "
+        f"measured.{told}{lost}"
+    )
+    said = "Chart: predicted against measured KL; the table below has the numbers."
     return section(
         "predictions",
         "Predicted and measured",
-        tag(
-            "p",
-            "Each mark is a trial of the search: the sum of its prices, and what a forward pass "
-            f"measured.{told}{lost}",
-        ),
-        chart(
-            "predictions",
-            "predictions",
-            "Chart: predicted against measured KL; the table below has the numbers.",
-            400,
-        ),
-        details("All trials", table(head, listed, "Trials of the search", words=3)),
+        tag("p", intro),
+        chart("predictions", "predictions", said, 400),
+        details("All trials", _trials(rows)),
     )
+
+
+def _trials(rows: Sequence[Trial]) -> Markup:
+    listed = [
+        [str(row.number), row.origin, row.state]
+        + [numbers.significant(value) for value in (row.bits, row.predicted, row.kl)]
+        for row in rows
+    ]
+    head = ("trial", "from", "state", "bits", "predicted KL", "measured KL")
+    return table(head, listed, "Trials of the search", words=3)
 
 
 def scores(run: Run, figures: Figures) -> Markup | None:
     """What recipes score on tasks, beside the 16-bit cache on the same items."""
     if not run.scores:
         return None
-    parts = []
-    for index, found in enumerate(run.scores):
-        figures[f"scores.{index}"] = scatter.scores(found)
-        said = (
-            f"Chart: task scores of {found.recipe} with intervals; the table below has the numbers."
-        )
-        length = f" at {found.length:,} tokens" if found.length else ""
-        title = tag("h3", f"{found.recipe or 'recipe'}{length}")
-        rows = [_task(name, own) for name, own in found.tasks.items()]
-        head = (
-            "task",
-            "verdict",
-            "16 bit",
-            "compressed",
-            "difference",
-            "95 % interval",
-            "items",
-            "chance",
-        )
-        drawn_ = chart(f"scores-{index}", f"scores.{index}", said, 90 + 44 * len(rows))
-        parts += [
-            title,
-            drawn_,
-            table(head, rows, f"Scores of {found.recipe}", words=2),
-            _mean(found),
-        ]
     intro = (
         "Scores between 0 and 1 with 95 % intervals, on the same items for both. "
         "A task on which the uncompressed model is at chance says nothing; it is hollow, and not "
         "in the mean."
     )
+    parts = [part for i, own in enumerate(run.scores) for part in _recipe_scores(i, own, figures)]
     return section("scores", "Tasks", tag("p", intro), *parts)
+
+
+def _recipe_scores(index: int, found: Scores, figures: Figures) -> list[Child]:
+    name = f"scores.{index}"
+    figures[name] = scatter.scores(found)
+    said = f"Chart: task scores of {found.recipe} with intervals; the table below has the numbers."
+    length = f" at {found.length:,} tokens" if found.length else ""
+    head = ("task", "verdict", "16 bit", "compressed", "difference", "95 % interval", "items")
+    rows = [_task(task, own) for task, own in found.tasks.items()]
+    return [
+        tag("h3", f"{found.recipe or 'recipe'}{length}"),
+        chart(f"scores-{index}", name, said, 90 + 44 * len(rows)),
+        table((*head, "chance"), rows, f"Scores of {found.recipe}", words=2),
+        _mean(found),
+    ]
 
 
 def _task(name: str, own: Task) -> list[Child]:

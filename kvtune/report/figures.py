@@ -25,18 +25,20 @@ TOP = 44  # px above a heat map: its colour bar
 RAMP = [[step / 4, f"var(--ramp-{step})"] for step in range(5)]
 
 
+AXIS: Figure = {
+    "fixedrange": True,
+    "gridcolor": LINE,
+    "linecolor": LINE,
+    "zeroline": False,
+    "automargin": True,
+    "tickfont": {"color": MUTED},
+}
+
+
 def figure(
     traces: list[Figure], x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any
 ) -> Figure:
     """Traces with two axes; nothing can be zoomed, so that a finger scrolls the page."""
-    axis: dict[str, Any] = {
-        "fixedrange": True,
-        "gridcolor": LINE,
-        "linecolor": LINE,
-        "zeroline": False,
-        "automargin": True,
-        "tickfont": {"color": MUTED},
-    }
     whole = {
         "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -51,8 +53,8 @@ def figure(
         },
         "font": {"color": INK, "size": 13},
         "showlegend": False,
-        "xaxis": {**axis, **x},
-        "yaxis": {**axis, **y},
+        "xaxis": {**AXIS, **x},
+        "yaxis": {**AXIS, **y},
         **layout,
     }
     return {"data": traces, "layout": whole}

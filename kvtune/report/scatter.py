@@ -8,8 +8,8 @@ from typing import Any
 
 from kvtune.cli.amounts import size
 from kvtune.report import numbers
-from kvtune.report.figures import LINE, MUTED, Figure, figure, hover, titled
-from kvtune.report.records import Candidate, Point, Scores, Summary, Trial
+from kvtune.report.figures import Figure, figure, hover, titled
+from kvtune.report.records import Candidate, Estimate, Point, Scores, Summary, Trial
 
 LEAST = 1e-8  # nats: what a log scale shows for a KL of nothing, or less by rounding
 AXES = {"bits": "true bits per value", "bytes": "bytes of the cache", "latency": "latency, us"}
@@ -104,16 +104,16 @@ def _timed(own: Placed) -> list[str]:
 
 
 def _error(points: Sequence[Point]) -> Figure:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [max(point.kl_high - point.kl, 0) for point in points],
-        # a log scale has no place for a lower end of nothing
-        "arrayminus": [max(point.kl - max(point.kl_low, LEAST), 0) for point in points],
-        "color": "var(--front)",
-        "thickness": 1.2,
-        "width": 4,
-    }
+    up = [max(point.kl_high - point.kl, 0) for point in points]
+    # a log scale has no place for a lower end of nothing
+    down = [max(point.kl - max(point.kl_low, LEAST), 0) for point in points]
+    return _bars(up, down, "front")
+
+
+def _bars(up: list[float], down: list[float], colour: str) -> Figure:
+    """Intervals as plotly.js draws them."""
+    ends = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
+    return {**ends, "color": f"var(--{colour})", "thickness": 1.2, "width": 4}
 
 
 def _others(summary: Summary, axis: str) -> list[Figure]:
@@ -190,9 +190,14 @@ def _dense(made: Figure, summary: Summary, axis: str) -> None:
     }
 
 
+def comparable(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials whose KL was predicted and measured, and has a logarithm."""
+    return [t for t in trials if t.kl and t.predicted and t.kl > 0 and t.predicted > 0]
+
+
 def predictions(trials: Sequence[Trial]) -> Figure:
     """Predicted against measured KL of the search's trials, both on log scales."""
-    known = [t for t in trials if t.kl and t.predicted and t.kl > 0 and t.predicted > 0]
+    known = comparable(trials)
     uniform = [t for t in known if t.origin.startswith("uniform")]
     tuned = [t for t in known if not t.origin.startswith("uniform")]
     ends = [
@@ -239,49 +244,38 @@ def _trials(name: str, own: Sequence[Trial], colour: str, symbol: str) -> Figure
 def scores(found: Scores) -> Figure:
     """Task scores with their intervals, dense beside compressed; tasks at chance are hollow."""
     names = list(found.tasks)
-    sides = (
-        ("16-bit cache", "dense", "dense", "square", -0.14),
-        ("compressed", "compressed", "front", "circle", 0.14),
-    )
-    traces = []
-    for name, side, colour, symbol, shift in sides:
-        own = [getattr(found.tasks[task], side) for task in names]
-        open_ = [f"{symbol}-open" if found.tasks[task].at_chance else symbol for task in names]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": name,
-                "x": [one.score for one in own],
-                "y": [index + shift for index in range(len(names))],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [max(one.high - one.score, 0) for one in own],
-                    "arrayminus": [max(one.score - one.low, 0) for one in own],
-                    "color": f"var(--{colour})",
-                    "thickness": 1.2,
-                    "width": 4,
-                },
-                "text": [
-                    hover(task, f"{name}: {one.score:.2f} ({one.low:.2f} to {one.high:.2f})")
-                    for task, one in zip(names, own, strict=True)
-                ],
-                "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"color": f"var(--{colour})", "symbol": open_, "size": 10},
-            }
-        )
-    labels = [escape(name) for name in names]
     y = {
         "tickvals": list(range(len(names))),
-        "ticktext": labels,
+        "ticktext": [escape(name[:40]) for name in names],
         "autorange": "reversed",
         "showgrid": False,
     }
-    x = {
-        "range": [-0.02, 1.02],
-        "title": titled("score"),
-        "linecolor": LINE,
-        "tickfont": {"color": MUTED},
-    }
+    x = {"range": [-0.02, 1.02], "title": titled("score")}
+    traces = [
+        _estimates(found, "dense", "16-bit cache", "dense", "square", -0.14),
+        _estimates(found, "compressed", "compressed", "front", "circle", 0.14),
+    ]
     return figure(traces, x, y, **legend())
+
+
+def _estimates(
+    found: Scores, side: str, name: str, colour: str, symbol: str, shift: float
+) -> Figure:
+    own: list[Estimate] = [getattr(task, side) for task in found.tasks.values()]
+    symbols = [f"{symbol}-open" if task.at_chance else symbol for task in found.tasks.values()]
+    texts = [f"{name}: {one.score:.2f} ({one.low:.2f} to {one.high:.2f})" for one in own]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [one.score for one in own],
+        "y": [index + shift for index in range(len(own))],
+        "error_x": _bars(
+            [max(one.high - one.score, 0) for one in own],
+            [max(one.score - one.low, 0) for one in own],
+            colour,
+        ),
+        "text": [hover(task, text) for task, text in zip(found.tasks, texts, strict=True)],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"color": f"var(--{colour})", "symbol": symbols, "size": 10},
+    }

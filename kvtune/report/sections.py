@@ -67,12 +67,10 @@ def front(run: Run, figures: Figures) -> Markup | None:
     summary = run.summary
     if summary is None:
         return None
-    axes = scatter.axes(summary)
-    kinds = dict(scatter.KINDS)
+    axes, kinds = scatter.axes(summary), scatter.KINDS
     for axis in axes:
         for kind in kinds:
             figures[f"front.{axis}.{kind}"] = scatter.front(summary, axis, kind)
-    first = summary.points[0]
     said = (
         f"Chart: KL against size of {len(summary.points)} proved recipes"
         f" and {len(summary.held_out)} candidates; the table below has the numbers."
@@ -81,16 +79,15 @@ def front(run: Run, figures: Figures) -> Markup | None:
         "Each point is a recipe. Lower is closer to the uncompressed model, further left is "
         "smaller. Choose a point, in the chart or in the table, to see its recipe."
     )
+    menus = switch("front", "Across", axes), switch("front", "Up", kinds)
     return section(
         "front",
         "The front",
         tag("p", intro),
-        tag(
-            "div", switch("front", "Across", axes), switch("front", "Up", kinds), class_="switches"
-        ),
+        tag("div", *menus, class_="switches"),
         chart("front", "front.bits.pass", said, 430),
         _points(summary),
-        tag("p", _measured_on(first), class_="note"),
+        tag("p", _measured_on(summary.points[0]), class_="note"),
         _uniforms([own for own in summary.held_out if own.uniform]),
     )
 
@@ -201,23 +198,9 @@ def _body(run: Run, index: int, point: Point, figures: Figures) -> list[Child]:
     if point.file not in run.recipes:
         return [tag("p", f"{point.file} is not in the folder any more.", class_="note")]
     text, read = run.recipes[point.file]
-    block = [
-        tag(
-            "div",
-            tag("h4", "Recipe file"),
-            tag("button", "Copy", type="button", data_copies=f"toml-{index}"),
-            class_="bar",
-        ),
-        tag(
-            "pre",
-            tag("code", text, id=f"toml-{index}"),
-            tabindex=0,
-            role="region",
-            aria_label="Recipe as TOML",
-        ),
-    ]
+    block = _file(text, f"toml-{index}")
     if not (count := _layer_count(run, point)):
-        return list(block)
+        return block
     found = of_layers.of_recipe(read, count)
     heads = read.model.kv_heads if read.model else 0
     made = figures[f"layers.{index}"] = layer_map(found, heads)
@@ -228,6 +211,16 @@ def _body(run: Run, index: int, point: Point, figures: Figures) -> list[Child]:
         chart(f"layers-{index}", f"layers.{index}", said, rows_high(rows)),
         details("Layer by layer", _layers(found)),
         *block,
+    ]
+
+
+def _file(text: str, name: str) -> list[Child]:
+    """A recipe's text, with a button that copies it."""
+    copy = tag("button", "Copy", type="button", data_copies=name)
+    code = tag("code", text, id=name)
+    return [
+        tag("div", tag("h4", "Recipe file"), copy, class_="bar"),
+        tag("pre", code, tabindex=0, role="region", aria_label="Recipe as TOML"),
     ]
 
 
