@@ -17,9 +17,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from kvtune import leases, owners
+from kvtune import leases
 from kvtune.commons import living, shared, sole
-from kvtune.errors import MissingInputError, UnsupportedError, UsageError
+from kvtune.errors import MissingInputError, UsageError
 from kvtune.study import Choice, Outcome, Row, fresh, front, rows
 
 ROOT = Path(__file__).parents[1]
@@ -329,25 +329,3 @@ def test_the_death_of_a_worker_elsewhere_shows_when_its_lease_is_over(
     while not mine:
         with sole(url, worker.NAME, "proof", SHORT) as mine:
             pass
-
-
-def test_an_owner_is_gone_when_its_process_is_and_not_when_it_is_elsewhere() -> None:
-    mine = owners.token()
-    assert not owners.gone(mine) and mine != owners.token()
-    machine, pid, began, random = mine.split()
-    assert owners.gone(f"{machine} {pid} {int(began) + 1} {random}")
-    assert not owners.gone(f"elsewhere {pid} {int(began) + 1} {random}")
-    assert not owners.gone(f"{machine} {pid} {owners.UNKNOWN} {random}")
-
-
-@pytest.mark.parametrize(
-    ("storage", "words"),
-    [
-        ("postgresql+psycopg2://me@host/db", r"no driver .*pip install 'kvtune\[postgres\]'"),
-        ("postgresql+psycopg2://me@/db?host=/nowhere", "no driver"),
-        ("mssql+pyodbc://me@host/db", "cannot share"),
-    ],
-)
-def test_a_database_that_is_not_supported_is_named_with_a_cure(storage: str, words: str) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        worker.search(storage, 1)

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from kvtune import owners
 from kvtune.commons import living, shared, sole
-from kvtune.errors import IntegrityError, MissingInputError, UsageError
+from kvtune.errors import IntegrityError, MissingInputError, UnsupportedError, UsageError
 from kvtune.study import fresh, rows
 
 
@@ -104,3 +105,25 @@ def test_work_is_held_by_one_at_a_time(memory: bool, base: Path, storage: str) -
             assert len(small(base, Counting(), 2)) == 2 and living(storage, "s") == 0
     with sole(storage, "s", "proof") as mine:
         assert mine
+
+
+def test_an_owner_is_gone_when_its_process_is_and_not_when_it_is_elsewhere() -> None:
+    mine = owners.token()
+    assert not owners.gone(mine) and mine != owners.token()
+    machine, pid, began, random = mine.split()
+    assert owners.gone(f"{machine} {pid} {int(began) + 1} {random}")
+    assert not owners.gone(f"elsewhere {pid} {int(began) + 1} {random}")
+    assert not owners.gone(f"{machine} {pid} {owners.UNKNOWN} {random}")
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ("postgresql+psycopg2://me@host/db", r"no driver .*pip install 'kvtune\[postgres\]'"),
+        ("postgresql+psycopg2://me@/db?host=/nowhere", "no driver"),
+        ("mssql+pyodbc://me@host/db", "cannot share"),
+    ],
+)
+def test_a_database_that_is_not_supported_is_named_with_a_cure(storage: str, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        fresh(storage, "s")
