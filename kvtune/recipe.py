@@ -81,8 +81,6 @@ class Recipe(Record):
     artifact: ArtifactRef | None = None
     layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(as_tuple)] = ()
     measured: dict[str, Any] = Field(default_factory=dict)  # evidence, never configuration
-        default_factory=dict
-    )  # evidence, never read back as configuration
 
     def is_open(self) -> bool:
         """True for a template: some setting still says "search"."""
