@@ -19,7 +19,7 @@ from kvtune.task import Count, Item, Task
 
 Say = Callable[[str, int, int], None]
 
-SHORTEST, QUICK_LONGEST, CPU_LONGEST, LONGEST = 256, 1024, 4096, 32768
+SHORTEST, QUICK_LONGEST, CPU_LONGEST, LONGEST = 256, 512, 4096, 32768
 PROBE = 6  # items of a task that tell whether the dense model works at a length
 ITEMS = 24
 

@@ -11,8 +11,6 @@ KEYS = range(10_000, 50_000)
 class Passkey(Task):
     """A key of five digits that one line in repeated filler says twice."""
 
-    quick = True
-
     def make(self, rng: random.Random, count: Count, tokens: int, prose: str) -> Item:
         """The haystack is filler sentences, their number found by bisection."""
         seed, key = rng.random(), numbers(rng, 1, KEYS)[0]
