@@ -3,8 +3,9 @@ from the bank, through the runtime that ships."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,16 @@ from transformers.cache_utils import Cache
 from kvtune.bank import Bank
 from kvtune.cache import sites
 from kvtune.errors import ResourceError
+from kvtune.fused import FusedRows, serves
+from kvtune.heads import HeadedLayer, make_layer, picked
 from kvtune.layer import CompressedLayer
-from kvtune.recipe import Policy
+from kvtune.parts import Chain
+from kvtune.policy import Policy
 from kvtune.rope import Rope
+from kvtune.rows import Rows, Side
 
 MEMO_BYTES = 400 << 20
+Held = Side | FusedRows  # what is memoised: one side of some heads; both where kernels store them
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +70,15 @@ def _compare_row(dense: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 class Bench:
-    """A model and its bank, on which policies are measured;
-    filled layers are memoised by their policy."""
+    """A model and its bank, on which policies are measured.
+
+    Encoded keys and values are memoised apart, by what decides their bytes, so that a search that
+    changes one side of a layer encodes that side alone.
+    """
 
     def __init__(self, model: Any, bank: Bank, ropes: dict[int, Rope] | None = None) -> None:
         self.model, self.bank, self._ropes = model, bank, ropes or {}
-        self._memo: OrderedDict[tuple[int, Policy], CompressedLayer] = OrderedDict()
+        self._memo: OrderedDict[tuple[Any, ...], Held] = OrderedDict()
         self._held = 0
 
     def measure(
@@ -111,7 +120,7 @@ class Bench:
 
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""
-        made = CompressedLayer(policy, sites(layer, self._ropes.get(layer), {}))
+        made = self._empty(layer, policy)
         made.fill(self.bank.keys[layer], self.bank.values[layer])
         return made
 
@@ -119,17 +128,62 @@ class Bench:
         part = len(rows) < self.bank.tokens.shape[0]
         if policy.is_dense:
             return self.bank.dense_layer(index, rows) if part else self.bank.dense_layer(index)
-        layer = self._memoised(index, policy).fork() if memo else self.filled(index, policy)
+        layer = self._memoised(index, policy) if memo else self.filled(index, policy)
         if part:
             layer.batch_select_indices(torch.tensor(rows))
         return layer
 
+    def _empty(self, layer: int, policy: Policy) -> CompressedLayer:
+        return make_layer(policy, sites(layer, self._ropes.get(layer), {}))
+
     def _memoised(self, layer: int, policy: Policy) -> CompressedLayer:
-        key = (layer, policy)
+        """As `filled`, from what is memoised: a copy-on-write twin of it."""
+        made = self._empty(layer, policy)
+        whole = self.bank.keys[layer]
+        made.begin(whole)
+        every = tuple(range(whole.shape[1]))
+        parts = made.parts if isinstance(made, HeadedLayer) else [(every, made)]
+        with torch.cuda.device_of(whole):  # where kernels start that encode
+            for heads, part in parts:
+                part.hold(picked(whole, heads), self._rows(layer, heads, part.policy))
+        return made
+
+    def _rows(self, layer: int, heads: tuple[int, ...], policy: Policy) -> Rows | FusedRows:
+        keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
+        if serves(policy, keys):
+            whole = self._kept((layer, heads, policy), lambda: self._fused(layer, heads, policy))
+            assert isinstance(whole, FusedRows)
+            return whole.fork()
+        makers = sites(layer, self._ropes.get(layer), {})
+        sides: list[Side] = []
+        for name, x, maker in zip(("keys", "values"), (keys, values), makers, strict=True):
+            chain: Chain = getattr(policy, name)
+            made = functools.partial(Side.of, x, chain, maker, policy.window)
+            side = self._kept((layer, heads, name, chain, policy.window), made)
+            assert isinstance(side, Side)
+            sides.append(side)
+        rows = Rows(policy, makers)
+        rows.hold(sides[0], sides[1], keys.shape[2])
+        return rows
+
+    def _fused(self, layer: int, heads: tuple[int, ...], policy: Policy) -> FusedRows:
+        keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
+        made = self._empty(layer, policy)
+        made.fill(keys, values)
+        rows = made.groups[0].rows
+        assert isinstance(rows, FusedRows)
+        return rows
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Held]) -> Held:
+        """What was made under a key before; the least recently used gives way to new ones."""
         if key not in self._memo:
-            self._memo[key] = self.filled(layer, policy)
-            self._held += self._memo[key].nbytes
+            self._memo[key] = make()
+            self._held += _nbytes(self._memo[key])
             while self._held > MEMO_BYTES and len(self._memo) > 1:
-                self._held -= self._memo.popitem(last=False)[1].nbytes
+                self._held -= _nbytes(self._memo.popitem(last=False)[1])
         self._memo.move_to_end(key)
         return self._memo[key]
+
+
+def _nbytes(held: Held) -> int:
+    return held.nbytes if isinstance(held, Side) else sum(held.nbytes)

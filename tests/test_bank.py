@@ -14,9 +14,13 @@ from kvtune.measure import Bench
 from kvtune.models import facts, ropes
 from kvtune.prove import by_generation, interval
 from kvtune.recipe import Policy
+from kvtune.rows import Side
 
 CONTEXT, MORE = 150, 40
-LAWFUL = ("k8v8", "k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart", "first-dense")
+LAWFUL = (
+    *("k8v8", "k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart", "first-dense"),
+    *("heads-apart", "hadamard-k4"),
+)
 
 
 @pytest.fixture
@@ -67,6 +71,68 @@ def test_a_trial_leaves_the_bank_and_the_memo_as_they_were(
     first = bench.measure(policies)
     assert torch.equal(first.kl, bench.measure(policies).kl)
     assert torch.equal(first.kl, bench.measure(policies, memo=False).kl)
+
+
+@pytest.mark.parametrize("recipe_name", LAWFUL)
+def test_what_the_memo_assembles_is_what_a_fill_leaves(
+    llama: Any, draw: Any, recipe_of: Any, recipe_name: str
+) -> None:
+    """Also when each side was memoised by another trial."""
+    bench = Bench(llama, build(llama, draw(2, CONTEXT + MORE + 1), CONTEXT), ropes(llama))
+    policies = recipe_of(recipe_name).policies(facts(llama.config))
+    swapped = tuple(
+        Policy(sinks=own.sinks, recent=own.recent, keys=own.keys, values=own.keys)
+        for own in policies
+        if not own.heads and "rope" not in own.keys.needs
+    )
+    for layer, own in enumerate(swapped):
+        bench.cache((Policy(),) * layer + (own,))
+    plain = bench.measure(policies, memo=False)
+    for _ in range(2):
+        found = bench.measure(policies)
+        assert torch.equal(found.kl, plain.kl)
+        assert torch.equal(found.dnll, plain.dnll)
+
+
+def test_a_change_of_one_side_encodes_that_side_alone(
+    llama: Any, draw: Any, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(llama, build(llama, draw(2, CONTEXT + MORE + 1), CONTEXT))
+    one = recipe_of("k2v4-bare").policies(facts(llama.config))
+    keys, values = one[0].keys, one[0].values
+    bench.measure(one)
+    encoded: list[str] = []
+    encode = type(keys.codecs[0]).encode
+
+    def counting(self: Any, x: Tensor, site: Any) -> Any:
+        encoded.append(site.side)
+        return encode(self, x, site)
+
+    monkeypatch.setattr(type(keys.codecs[0]), "encode", counting)
+    bench.measure(one)
+    assert encoded == []
+    bench.measure(tuple(own.model_copy(update={"values": keys}) for own in one))
+    assert encoded == ["values"] * len(one)
+    bench.measure(tuple(own.model_copy(update={"keys": values}) for own in one))
+    assert encoded == ["values"] * len(one) + ["keys"] * len(one)
+
+
+def test_the_memo_stays_within_its_bytes(
+    llama: Any, draw: Any, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(llama, build(llama, draw(2, CONTEXT + MORE + 1), CONTEXT))
+    monkeypatch.setattr("kvtune.measure.MEMO_BYTES", 100_000)
+    most = 0
+    for name in ("k8v8", "k2v4-bare", "k3-only", "heads-apart"):
+        bench = Bench(llama, bench.bank, ropes(llama))
+        bench.measure(recipe_of(name).policies(facts(llama.config)))
+        held = sum(
+            item.nbytes if isinstance(item, Side) else sum(item.nbytes)
+            for item in bench._memo.values()
+        )
+        most = max(most, held)
+        assert held == bench._held <= 100_000 or len(bench._memo) == 1
+    assert most > 0
 
 
 def test_out_of_memory_halves_the_batch_and_then_is_an_answer(

@@ -65,7 +65,9 @@ def test_nbytes_is_what_the_allocator_holds(llama_case: Any) -> None:
     assert cache.get_seq_length() == CONTEXT
 
 
-@pytest.mark.parametrize("recipe_name", ["k4v2-windowed", "k2v4-bare", "v3-only", "layers-apart"])
+@pytest.mark.parametrize(
+    "recipe_name", ["k4v2-windowed", "k2v4-bare", "v3-only", "layers-apart", "heads-apart"]
+)
 @pytest.mark.parametrize("name", ["llama", "yi"])
 def test_weigh_foretells_what_a_filled_cache_holds(
     name: str, model: Any, recipe_name: str, recipe_of: Any

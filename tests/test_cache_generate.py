@@ -27,7 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "chunked prefill": {"prefill_chunk_size": 16},
 }
 ROWS = {"prompt lookup": 1, "assistant": 1}  # transformers' own limit of assisted decoding
-COMPRESSED = ["k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart", "v3-only"]
+COMPRESSED = ["k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart", "v3-only", "heads-apart"]
 
 
 @pytest.fixture

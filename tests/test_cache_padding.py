@@ -16,7 +16,7 @@ from kvtune.pages import Pages
 LENGTH, STEPS = 60, 45
 PADS = [13, 0, 5, 13, 59]  # the last row is one token
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
-RECIPES = ["k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart"]
+RECIPES = ["k4v2-windowed", "k2v4-bare", "derope-k4", "layers-apart", "heads-apart"]
 
 
 def padded(tokens: Tensor, pads: list[int]) -> tuple[Tensor, Tensor]:

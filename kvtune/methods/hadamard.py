@@ -1,6 +1,7 @@
 """Turns heads by a Hadamard matrix, which spreads outliers over
 all channels (QuaRot, arXiv:2404.00456)."""
 
+import math
 from functools import cache
 from itertools import product
 
@@ -60,7 +61,7 @@ def _turned(x: Tensor, inverse: bool) -> Tensor:
         half *= 2
     if core > 1:
         x = _by_signs(x, paley(core), inverse)
-    return x.flatten(-2) * size**-0.5
+    return x.flatten(-2) / math.sqrt(size)
 
 
 def _by_signs(x: Tensor, rows: tuple[tuple[int, ...], ...], inverse: bool) -> Tensor:
