@@ -66,6 +66,11 @@ class Task(ABC):
         """The task's name: the file's."""
         return cls.__module__.rpartition(".")[2]
 
+    @classmethod
+    def describe(cls) -> str:
+        """What the task asks, in one line."""
+        return (cls.__doc__ or "").partition("\n")[0]
+
     @abstractmethod
     def make(self, rng: random.Random, count: Count, tokens: int, prose: str) -> Item:
         """Makes an item of at most `tokens` tokens, answers included.

@@ -16,6 +16,7 @@ from kvtune.cli.options import Text, Where
 from kvtune.cli.output import Output
 from kvtune.cli.verdicts import Verdict
 from kvtune.errors import UsageError
+from kvtune.task import find, names
 
 PANEL = "Suite"
 RUN = "run.json"
@@ -30,7 +31,7 @@ class Suite:
         typer.Option(
             metavar="NAMES",
             rich_help_panel=PANEL,
-            help="Tasks over a long context: quick, full, or names with commas between.",
+            help=f"Tasks over a long context: quick, full, or some of {', '.join(names())}.",
         ),
     ] = None
     suite_items: Annotated[
@@ -149,7 +150,7 @@ def _places(path: Path, output: Path | None) -> list[Path]:
 
 
 def _shown(table: dict[str, Any]) -> list[Table | str]:
-    """The rich table of a suite, and what has to be said below it."""
+    """The rich table of a suite, and below it what the tasks ask."""
     grid = Table(box=SIMPLE_HEAD)
     for head in ("task", "dense", "recipe", "difference (95 %)", "chance", "verdict"):
         grid.add_column(head, justify="left" if head in ("task", "verdict") else "right")
@@ -161,7 +162,8 @@ def _shown(table: dict[str, Any]) -> list[Table | str]:
     said = f"{table['items']} items a task of at most {table['length']:,} tokens."
     if table["too_long"]:
         said += f" Too long for that: {', '.join(table['too_long'])}."
-    return [grid, said]
+    told = [f"{name}: {find(name).describe()}" for name in table["tasks"]]
+    return [grid, said, *told]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
