@@ -16,12 +16,14 @@ from transformers.cache_utils import Cache
 from kvtune import recipe as recipes
 from kvtune.attention import NAME
 from kvtune.errors import IntegrityError
+from kvtune.heads import make_layer
 from kvtune.layer import CompressedLayer, Shared
 from kvtune.models import Facts, facts, fingerprint, places, ropes
 from kvtune.pages import MakeSite
 from kvtune.parts import Site
 from kvtune.placement import input_device
-from kvtune.recipe import Policy, Recipe
+from kvtune.policy import Policy
+from kvtune.recipe import Recipe
 from kvtune.rope import Rope
 from kvtune.tensors import Artifact
 
@@ -47,7 +49,7 @@ class CompressedCache(Cache):
         self.shared = Shared()
         for index, policy in enumerate(policies):
             if not policy.is_dense:
-                layers[index] = CompressedLayer(
+                layers[index] = make_layer(
                     policy, sites(index, rope.get(index), tensors), self.shared
                 )
         super().__init__(layers=layers)
@@ -111,9 +113,7 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
     check_model(recipe, model, force)
     policies = recipe.policies(facts(model.config))
     tensors = _tensors(recipe, folder, model)
-    needs_rope = any(
-        "rope" in chain.needs for policy in policies for chain in (policy.keys, policy.values)
-    )
+    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
     cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
@@ -175,19 +175,17 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
         dense += full
         sides = layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
         stored += full if policy.is_dense else sum(sides)
-    chains = [
-        chain for i in known.compressible() for chain in (policies[i].keys, policies[i].values)
-    ]
-    payload = sum(chain.payload_bits for chain in chains) / max(1, len(chains))
+    bits = [policies[i].payload_bits for i in known.compressible()]
+    payload = sum(bits) / max(1, len(bits))
     return Weight(stored * batch, dense * batch, payload)
 
 
 def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
-    layer = CompressedLayer(policy, sites(0, _NO_ROPE, {}))
+    layer = make_layer(policy, sites(0, _NO_ROPE, {}))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
     layer.fill(x, x.clone())
-    return layer.groups[0].rows.nbytes
+    return layer.side_bytes
 
 
 _NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

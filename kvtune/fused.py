@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvtune.attention import causal
 from kvtune.errors import UnsupportedError
-from kvtune.recipe import Policy
+from kvtune.policy import Policy
 
 
 def serves(policy: Policy, keys: Tensor) -> bool:

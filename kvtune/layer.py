@@ -14,7 +14,7 @@ from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
 from kvtune.fused import FusedRows, serves
 from kvtune.pages import MakeSite
-from kvtune.recipe import Policy
+from kvtune.policy import Policy
 from kvtune.rows import Rows
 
 
@@ -60,9 +60,14 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.policy = policy
         self.seen = 0  # tokens, padding included
-        self.groups: list[Group] = []
+        self._groups: list[Group] = []
         self._sites, self._shared = sites, shared or Shared()
         self._incoming: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """Batch rows that are stored together."""
+        return self._groups
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Notes dtype and device."""
@@ -113,25 +118,49 @@ class CompressedLayer(CacheLayerMixin):
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes an unpadded context [B, H, T, D] that was computed
         densely, as a prompt's forward would leave it."""
-        self.lazy_initialization(keys, values)
-        self.seen = keys.shape[2]
+        self.begin(keys)
         with torch.cuda.device_of(keys):
             self._open(None, keys)
             self.groups[0].rows.fill(keys, values)
 
+    def begin(self, keys: Tensor) -> None:
+        """Notes the dtype, device and length of a context [B, H, T, D] that is about to be held."""
+        self.lazy_initialization(keys, keys)
+        self.seen = keys.shape[2]
+
+    def hold(self, keys: Tensor, rows: Rows | FusedRows) -> None:
+        """Takes rows that hold an unpadded context, whose keys [B, H, T, D] are given, already."""
+        self.begin(keys)
+        batch = keys.shape[0]
+        self._groups = [Group(list(range(batch)), [0] * batch, rows)]
+
     def fork(self) -> CompressedLayer:
         """A copy-on-write twin."""
         twin = CompressedLayer(self.policy, self._sites, self._shared)
+        self._hand_over(twin)
+        twin._groups = [Group(members, pads, rows.fork()) for members, pads, rows in self.groups]
+        return twin
+
+    def _hand_over(self, twin: CompressedLayer) -> None:
         twin.seen, twin.is_initialized = self.seen, self.is_initialized
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
-        twin.groups = [Group(members, pads, rows.fork()) for members, pads, rows in self.groups]
-        return twin
+
+    @property
+    def side_bytes(self) -> tuple[int, int]:
+        """Bytes that the allocator holds for keys, and for values."""
+        held = [group.rows.nbytes for group in self.groups]
+        return sum(keys for keys, _ in held), sum(values for _, values in held)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the allocator holds for this layer."""
-        return sum(sum(group.rows.nbytes) for group in self.groups)
+        return sum(self.side_bytes)
+
+    @property
+    def exact(self) -> int:
+        """How many of the last tokens are exact in every row."""
+        return min((group.rows.exact for group in self.groups), default=0)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: the next token's place in the padded batch."""
@@ -148,7 +177,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.seen, self.groups, self._incoming, self.is_initialized = 0, [], None, False
+        self.seen, self._groups, self._incoming, self.is_initialized = 0, [], None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens (given as a negative number)
@@ -184,7 +213,7 @@ class CompressedLayer(CacheLayerMixin):
                 local = [place[wanted[i]] for i in new]
                 chosen = rows.select(torch.tensor(local, device=self.device))
                 moved.append(Group(new, [pads[i] for i in local], chosen))
-        self.groups = moved
+        self._groups = moved
 
     def offload(self) -> NoReturn:
         """Refused: where a tier lives is the recipe's to say."""
@@ -204,12 +233,12 @@ class CompressedLayer(CacheLayerMixin):
             )
         if serves(self.policy, keys):
             rows = FusedRows(self.policy, pads, self._shared.workspace)
-            self.groups.append(Group(list(range(batch)), pads, rows))
+            self._groups.append(Group(list(range(batch)), pads, rows))
             return
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
             own = [pad] * len(members)
-            self.groups.append(Group(members, own, Rows(self.policy, self._sites)))
+            self._groups.append(Group(members, own, Rows(self.policy, self._sites)))
 
     def _pads(self) -> list[int]:
         by_row = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -71,3 +72,50 @@ class Between(NamedTuple):
             "maximum": self.high,
             "multipleOf": self.step,
         }
+
+
+MOST_OPENED = 16  # values that one list may open
+
+
+class Tokens(NamedTuple):
+    """A mark: a number of tokens; in a template also "search", or a list of the numbers to try."""
+
+    most: int
+    choices: tuple[int, ...]  # what "search" opens
+
+    def opened(self, value: int | str | tuple[int, ...]) -> tuple[int, ...]:
+        """All numbers that a value stands for; one when it is a number."""
+        if isinstance(value, str):
+            return self.choices
+        return value if isinstance(value, tuple) else (value,)
+
+    def validate(self, value: Any, whole: Callable[[Any], int]) -> int | str | tuple[int, ...]:
+        """Returns a number, a tuple of different numbers or "search", or raises ValueError."""
+        if value == "search":
+            return "search"
+        if not isinstance(value, list | tuple):
+            return whole(value)
+        if not 0 < len(value) <= MOST_OPENED:
+            raise ValueError(f"a list opens 1 to {MOST_OPENED} values, not {len(value)}")
+        found = tuple(whole(one) for one in value)
+        if len(set(found)) < len(found):
+            raise ValueError("a list opens each value once")
+        return found
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            self.validate,
+            core_schema.int_schema(strict=True, ge=0, le=self.most),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: list(value) if isinstance(value, tuple) else value
+            ),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        whole = {"type": "integer", "minimum": 0, "maximum": self.most}
+        several = {"type": "array", "items": whole, "minItems": 1, "maxItems": MOST_OPENED}
+        return {"anyOf": [whole, {"const": "search"}, {**several, "uniqueItems": True}]}

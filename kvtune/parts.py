@@ -21,6 +21,7 @@ from kvtune.marks import Between, OneOf, Setting
 from kvtune.rope import Rope
 
 SEARCH = "search"  # the value that opens a setting in a template
+OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
 Table = dict[str, Setting]
 
 
@@ -269,17 +270,30 @@ def parse(table: Mapping[str, Any]) -> Part:
         raise ValueError(_in_words(cls, error)) from None
 
 
-def choices(table: Mapping[str, Any]) -> Iterator[Part]:
+def is_open(table: Mapping[str, Any]) -> bool:
+    """True when a table leaves a setting, or whether its part is there, to a search."""
+    return OPTIONAL in table or SEARCH in table.values()
+
+
+def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
     """Yields every part that a table with open settings (`bits = "search"`) stands for.
+
+    After the parts of an optional table (`optional = true`) comes None: the chain without it.
 
     Raises:
         ValueError: as `parse`, or a setting without a mark is opened.
     """
     settings = dict(table)
+    optional = settings.pop(OPTIONAL, None)
+    if optional is not None and optional is not True:
+        raise ValueError(f"{OPTIONAL} is true or not there, got {optional!r}")
+    closed = dict(settings)
     cls = _class_of(settings)
     opened = {name: legal_values(cls, name) for name, value in settings.items() if value == SEARCH}
     for values in itertools.product(*opened.values()):
-        yield parse({**table, **dict(zip(opened, values, strict=True))})
+        yield parse({**closed, **dict(zip(opened, values, strict=True))})
+    if optional:
+        yield None
 
 
 def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:

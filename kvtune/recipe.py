@@ -5,53 +5,29 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from kvtune_kernels import Window
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-)
-from pydantic import PlainSerializer as Serializer
+from pydantic import BeforeValidator, Field, ValidationError
 
 from kvtune import parts
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
-from kvtune.parts import SEARCH, Chain, Codec
-from kvtune.spans import check, resolve
+from kvtune.parts import OPTIONAL, SEARCH, Codec
+from kvtune.policy import HeadEntry, Record, as_tuple, to_policy
+from kvtune.policy import LayerPolicy as LayerPolicy
+from kvtune.policy import Policy as Policy
+from kvtune.policy import Tier as Tier
+from kvtune.policy import to_entry as to_entry
+from kvtune.spans import resolve
 
 FORMAT = 1
 MAX_BYTES = 1 << 20  # a recipe is small; anything larger is not read
 DEEPEST = 16  # levels of [measured]
 RECIPE_FILE = "recipe.toml"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def _tables(value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
-        raise ValueError('expected a list of parts such as [{ use = "affine", bits = 4 }]')
-    for table in value:
-        if SEARCH in table.values():
-            found = list(parts.choices(table))
-            first = found[0]
-        else:
-            first = parts.parse(table)
-        if not isinstance(first, Codec):
-            raise ValueError(f"{first.name()} is a {first.kind}; keys and values take codecs")
-    return tuple(dict(table) for table in value)
 
 
 def _codecs_schema() -> dict[str, Any]:
@@ -69,104 +45,32 @@ def _codecs_schema() -> dict[str, Any]:
                 if ("properties" in branch)
                 else {}
             )
-            branch["properties"] = {"use": {"const": name}, **fields}
+            own = {"use": {"const": name}, OPTIONAL: {"const": True}}
+            branch["properties"] = {**own, **fields}
             branch["required"] = ["use"]
             branches.append(branch)
     return {"type": "array", "items": {"oneOf": branches}}
 
 
-# `schema` puts the methods in; they are looked for when they are asked for, not on import
-Tables = Annotated[
-    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"type": "array"})
-]
-
-
-class Tier(_Model):
-    """How the tokens that have left the window are stored."""
-
-    keys: Tables = ()
-    values: Tables = ()
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # TOML knows lists only
-
-
-def _sound(span: str) -> str:
-    try:
-        check(span)
-    except UsageError as error:
-        raise ValueError(str(error).removesuffix(".")) from None
-    return span
-
-
-class LayerPolicy(_Model):
-    """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7")."""
-
-    span: Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
-    sinks: Annotated[int, Field(ge=0, le=1024)] = 0
-    recent: Annotated[int, Field(ge=0, le=65536)] = 0
-    kept: Tier = Tier()
-
-    per_head: ClassVar[bool] = False
-
-    def windows(self) -> tuple[tuple[int, int], ...]:
-        """All pairs of sinks and recent that are opened."""
-        return ((self.sinks, self.recent),)
-
-    def is_open(self) -> bool:
-        """True when a setting still says "search"."""
-        return any(SEARCH in table.values() for table in (*self.kept.keys, *self.kept.values))
-
-
-class Policy(_Model):
-    """What one layer does, resolved: chains in place of tables;
-    hashable, so encoded tiers can be memoised."""
-
-    sinks: int = 0
-    recent: int = 0
-    keys: Annotated[Chain, Serializer(str)] = Chain()
-    values: Annotated[Chain, Serializer(str)] = Chain()
-
-    @property
-    def block(self) -> int:
-        """Tokens that move into the tier together."""
-        return math.lcm(self.keys.block, self.values.block)
-
-    @property
-    def is_dense(self) -> bool:
-        """True when nothing is compressed."""
-        return not self.keys.codecs and not self.values.codecs
-
-    @property
-    def window(self) -> Window:
-        """Which tokens stay exact, as kernels are told."""
-        return Window(self.sinks, self.recent, self.block)
-
-    def due(self, seen: int) -> int:
-        """How many tokens after the sinks have left the window once `seen` tokens are known."""
-        return self.window.due(seen)
-
-
-class ModelBinding(_Model):
+class ModelBinding(Record):
     """The model that a recipe was tuned for. The name is only a label; the fingerprint decides."""
 
     name: str
     fingerprint: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     architecture: str
     layers: Annotated[int, Field(ge=1, le=10_000)]
-    kv_heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1, le=10_000)]
     head_dim: Annotated[int, Field(ge=1)]
 
 
-class ArtifactRef(_Model):
+class ArtifactRef(Record):
     """The tensors of a recipe: a file beside it and its hash."""
 
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Recipe(_Model):
+class Recipe(Record):
     """The shareable file: model binding, one policy per layer
     span, a pointer to tensors, and what was measured."""
 
@@ -175,8 +79,8 @@ class Recipe(_Model):
     description: str = ""
     model: ModelBinding | None = None
     artifact: ArtifactRef | None = None
-    layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(_tuple)] = ()
-    measured: dict[str, Any] = {}  # evidence, never read back as configuration
+    layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(as_tuple)] = ()
+    measured: dict[str, Any] = Field(default_factory=dict)  # evidence, never configuration
 
     def is_open(self) -> bool:
         """True for a template: some setting still says "search"."""
@@ -196,14 +100,12 @@ class Recipe(_Model):
             )
         if not self.layers:
             return (Policy(),) * len(known.layers)
-        resolved = [_resolve(policy) for policy in self.layers]
         owner = resolve([policy.span for policy in self.layers], len(known.layers))
-        return tuple(
-            _checked(resolved[owner[i]], known.layers[i].head_dim, i)
-            if i in known.compressible()
-            else Policy()
-            for i in range(len(known.layers))
-        )
+        made = [Policy()] * len(known.layers)
+        for i in known.compressible():
+            made[i] = to_policy(self.layers[owner[i]], known.layers[i].kv_heads, f"layer {i}")
+            made[i].check(known.layers[i].head_dim, i)
+        return tuple(made)
 
     def dumps(self) -> str:
         """Returns the TOML text."""
@@ -213,29 +115,6 @@ class Recipe(_Model):
     def save(self, path: Path) -> None:
         """Writes the TOML file atomically."""
         write_atomic(path, self.dumps().encode())
-
-
-def _resolve(policy: LayerPolicy) -> Policy:
-    def chain(tables: tuple[dict[str, Any], ...]) -> Chain:
-        codecs = [parts.parse(table) for table in tables]
-        return Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
-
-    return Policy(
-        sinks=policy.sinks,
-        recent=policy.recent,
-        keys=chain(policy.kept.keys),
-        values=chain(policy.kept.values),
-    )
-
-
-def _checked(policy: Policy, head_dim: int, layer: int) -> Policy:
-    for side in ("keys", "values"):
-        chain: Chain = getattr(policy, side)
-        try:
-            chain.check(head_dim, side)
-        except ValueError as error:
-            raise UsageError(f"layer {layer}, {side}: {error}.") from None
-    return policy
 
 
 def loads(text: str, where: str = "recipe") -> Recipe:
@@ -308,6 +187,9 @@ def _check_plain(recipe: Recipe, where: str) -> None:
     try:
         if recipe.layers and recipe.model:
             resolve([policy.span for policy in recipe.layers], recipe.model.layers)
+            for index, policy in enumerate(recipe.layers):
+                if not policy.is_open():
+                    to_policy(policy, recipe.model.kv_heads, f"layers.{index}")
     except UsageError as error:
         raise IntegrityError(f"{where}: {error}") from None
 
@@ -347,6 +229,8 @@ def _fields_at(place: tuple[int | str, ...]) -> tuple[str, ...]:
     model: Any = {"layers": LayerPolicy, "model": ModelBinding, "artifact": ArtifactRef}.get(
         str(place[0]) if place else "", None if place else Recipe
     )
+    if "heads" in place:
+        model = HeadEntry
     if "kept" in place:
         model = Tier
     return tuple(model.model_fields) if model else ()

@@ -4,15 +4,41 @@ and recent window, and how queries read them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from kvtune_kernels import attend
+from kvtune_kernels import Window, attend
 from torch import Tensor
 
 from kvtune.attention import causal
 from kvtune.errors import UnsupportedError
 from kvtune.pages import MakeSite, Pages
-from kvtune.recipe import Policy
+from kvtune.parts import Chain
+from kvtune.policy import Policy
+
+
+class Side(NamedTuple):
+    """The keys, or the values, of a context: pages between exact tokens [B, H, *, D]."""
+
+    pages: Pages
+    sinks: Tensor | None
+    recent: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, chain: Chain, make_site: MakeSite, window: Window) -> Side:
+        """Stores x [B, H, T, D], of which nothing is kept alive."""
+        sinks, due = window.sinks, window.due(x.shape[2])
+        pages = Pages(chain, make_site, sinks)
+        pages.append(x[:, :, sinks : sinks + due])
+        # clones own just their bytes; a prompt's keys may be views of more
+        held = x[:, :, :sinks].clone() if sinks else None
+        return cls(pages, held, x[:, :, sinks + due :].clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: metadata, sinks and window included."""
+        exact = (self.recent,) if self.sinks is None else (self.sinks, self.recent)
+        return self.pages.nbytes + sum(x.untyped_storage().nbytes() for x in exact)
 
 
 class Rows:
@@ -30,6 +56,7 @@ class Rows:
     def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
         self.policy = policy
         self.seen = 0  # true tokens, padding not counted
+        self._sites = sites
         self.keys = Pages(policy.keys, sites[0], policy.sinks)
         self.values = Pages(policy.values, sites[1], policy.sinks)
         self._sinks: tuple[Tensor, Tensor] | None = None
@@ -63,8 +90,20 @@ class Rows:
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a context [B, H, T, D] that was computed densely,
         as a prompt's forward would leave it."""
-        self._extend(keys, values)
-        self._settle(0)
+        window = self.policy.window
+        self.hold(
+            Side.of(keys, self.policy.keys, self._sites[0], window),
+            Side.of(values, self.policy.values, self._sites[1], window),
+            keys.shape[2],
+        )
+
+    def hold(self, keys: Side, values: Side, seen: int) -> None:
+        """Takes both sides of a context of so many tokens, which may be shared: they are forked."""
+        self.seen = seen
+        self.keys, self.values = keys.pages.fork(), values.pages.fork()
+        self._recent = keys.recent, values.recent
+        if keys.sinks is not None and values.sinks is not None:
+            self._sinks = keys.sinks, values.sinks
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D] as the next query reads
@@ -106,7 +145,7 @@ class Rows:
     def fork(self) -> Rows:
         """A copy-on-write twin: what happens to it leaves this one as it is."""
         twin = Rows.__new__(Rows)
-        twin.policy, twin.seen = self.policy, self.seen
+        twin.policy, twin.seen, twin._sites = self.policy, self.seen, self._sites
         twin.keys, twin.values = self.keys.fork(), self.values.fork()
         twin._sinks, twin._recent = self._sinks, self._recent
         return twin

@@ -9,6 +9,7 @@ from kvtune.cli.generate import Prompt, generate
 from kvtune.cli.options import Continuation, Count, Force, RecipeName, Text, Where
 from kvtune.cli.output import Output
 from kvtune.cli.reports import Reports, reported
+from kvtune.cli.suite import Suite, scored
 from kvtune.errors import UsageError
 
 ModelOption = Annotated[
@@ -25,6 +26,7 @@ def apply(
     gates: Gates,
     versus: Versus,
     reports: Reports,
+    suite: Suite,
     text: Text,
     count: Count,
     continuation: Continuation = 48,
@@ -32,16 +34,19 @@ def apply(
 ) -> None:
     """Generate with RECIPE (--prompt), or prove it on held-out text.
 
-    A proof exits with 3 when a gate fails: --max-kl, --max-flips, --min-ratio, --baseline.
+    A proof exits with 3 when a gate fails: --max-kl, --max-flips, --min-ratio, --max-drop,
+    --baseline.
     """
     from kvtune import shipped
     from kvtune.cli.job import open_model
 
     out.data |= {"recipe": recipe, "model": model}
     with reported(out, reports, recipe, model) as report:
-        if prompt.prompt is not None and (gates.any() or versus.any() or reports.any()):
+        proves = any(bundle.any() for bundle in (gates, versus, reports, suite))
+        if prompt.prompt is not None and proves:
             what = "--prompt generates text; gates and their files need a proof"
             raise UsageError(f"{what}, so leave one of them out.")
+        suite.check()
         path, held = shipped.find(recipe), versus.held()
         opened = open_model(out, model, where)
         if prompt.prompt is not None:
@@ -50,5 +55,8 @@ def apply(
         found = measured(out, path, opened, asked, held)
         report.lines = sentences(found.proof)
         report.verdicts = judge(out, found, gates, versus, held)
+        fallen = scored(out, path, opened, suite, text, where, force)
+        report.verdicts += fallen
+        out.data["gates"] += [vars(verdict) for verdict in fallen]
         demand(report.verdicts)
         versus.keep(recipe, found)

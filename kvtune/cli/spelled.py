@@ -17,12 +17,30 @@ DENSE: Words = {"exact": "all", "keys": "16-bit", "values": "16-bit"}
 
 def policy(entry: LayerPolicy) -> Words:
     """What an entry of a recipe does, in three short texts."""
-    sides = {side: chain(getattr(entry.kept, side)) for side in ("keys", "values")}
+    sides = {side: _side(entry, side) for side in ("keys", "values")}
     if set(sides.values()) == {DENSE["keys"]}:
         return DENSE
-    held = {"first": entry.sinks, "last": entry.recent}
+    held = {"first": _count(entry.sinks), "last": _count(entry.recent)}
     exact = ", ".join(f"{where} {count}" for where, count in held.items() if count)
     return {"exact": exact or "none", **sides}
+
+
+def _side(entry: LayerPolicy, side: str) -> str:
+    """The chain of one side, and those of kv heads that have their own."""
+    told = chain(getattr(entry.kept, side))
+    if entry.heads == "search":
+        return f"{told}, each head its own"
+    others = [f"heads {one.span}: {chain(getattr(one.kept, side))}" for one in entry.heads]
+    if not others:
+        return told
+    same = all(other.endswith(f": {told}") for other in others)
+    return told if same else "; ".join([told, *others])
+
+
+def _count(tokens: int | str | tuple[int, ...]) -> str:
+    if isinstance(tokens, tuple):
+        return " or ".join(map(str, tokens))
+    return str(tokens or "")
 
 
 def chain(tables: tuple[dict[str, Any], ...]) -> str:
@@ -33,10 +51,11 @@ def chain(tables: tuple[dict[str, Any], ...]) -> str:
 def _codec(table: Mapping[str, Any]) -> str:
     from kvtune import parts
 
-    open_ = parts.SEARCH in table.values()
-    whole = dict(table) if open_ else parts.parse(table).table()
+    whole = dict(table) if parts.is_open(table) else parts.parse(table).table()
+    optional = whole.pop(parts.OPTIONAL, False)
     settings = " ".join(f"{key}={value}" for key, value in whole.items() if key != "use")
-    return f"{whole['use']} {settings}".strip()
+    told = f"{whole['use']} {settings}".strip()
+    return f"({told})" if optional else told
 
 
 def layers(recipe: Recipe, count: int) -> list[Words]:

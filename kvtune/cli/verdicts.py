@@ -41,7 +41,7 @@ class Verdict:
 
     def shown(self, value: float) -> str:
         """A number of this gate in its unit."""
-        if self.gate.endswith("flips"):
+        if self.gate.endswith(("flips", "drop")):
             return f"{value:.2%}"
         if self.gate.endswith("bytes"):
             return amounts.size(value)

@@ -59,10 +59,7 @@ def of_recipe(recipe: Recipe, count: int) -> list[Layer]:
     owner = resolve([entry.span for entry in recipe.layers], count)
     kv_heads = recipe.model.kv_heads if recipe.model else 0
     made = [_entry(entry, kv_heads) for entry in recipe.layers]
-    return [
-        Layer(i, recipe.layers[owner[i]].sinks, recipe.layers[owner[i]].recent, *made[owner[i]])
-        for i in range(count)
-    ]
+    return [Layer(i, *recipe.layers[owner[i]].windows()[0], *made[owner[i]]) for i in range(count)]
 
 
 def _entry(entry: LayerPolicy, kv_heads: int) -> tuple[Sides, dict[int, Sides]]:

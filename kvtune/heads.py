@@ -1,0 +1,117 @@
+"""HeadedLayer: one layer's cache whose kv heads follow different policies, group by group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtune.attention import Reading
+from kvtune.layer import CompressedLayer, Group, Shared
+from kvtune.pages import MakeSite
+from kvtune.policy import Policy
+
+
+def make_layer(
+    policy: Policy, sites: tuple[MakeSite, MakeSite], shared: Shared | None = None
+) -> CompressedLayer:
+    """An empty layer under a policy, whether its kv heads are alike or not."""
+    kind = HeadedLayer if policy.heads else CompressedLayer
+    return kind(policy, sites, shared)
+
+
+def picked(x: Tensor, heads: tuple[int, ...], share: int = 1) -> Tensor:
+    """Returns the part of x [B, H * share, n, D] that belongs to some of H kv heads, a view where
+    they are neighbours; `share` query heads read one kv head."""
+    return x[:, _places(heads, share)]
+
+
+class HeadedLayer(CompressedLayer):
+    """A CompressedLayer for each group of kv heads that are alike; queries go where their keys are.
+
+    Heads of equal policy are stored together, so kernels are launched once for each format, and a
+    group that they cannot read takes no other group off them.
+    """
+
+    def __init__(
+        self, policy: Policy, sites: tuple[MakeSite, MakeSite], shared: Shared | None = None
+    ) -> None:
+        super().__init__(policy, sites, shared)
+        self.parts = [
+            (heads, CompressedLayer(own, sites, self._shared)) for heads, own in policy.parts()
+        ]
+        self._kv_heads = sum(len(heads) for heads, _ in self.parts)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Batch rows that are stored together, of every group of heads."""
+        return [group for _, part in self.parts for group in part.groups]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Notes dtype and device, everywhere."""
+        super().lazy_initialization(key_states, value_states)
+        for _, part in self.parts:
+            part.lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Reading, Reading]:
+        """Takes keys and values [B, H, n, D]; returns a Reading in place of both."""
+        for heads, part in self.parts:
+            part.update(picked(key_states, heads), picked(value_states, heads))
+        return super().update(key_states, value_states)
+
+    def _attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        self._incoming = None
+        share = query.shape[1] // self._kv_heads
+        out = torch.empty_like(query)
+        for heads, part in self.parts:
+            places = _places(heads, share)
+            out[:, places] = part.attend(query[:, places], mask, scale, softcap)
+        return out
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Takes an unpadded context [B, H, T, D], as a prompt's forward would leave it."""
+        self.begin(keys)
+        for heads, part in self.parts:
+            part.fill(picked(keys, heads), picked(values, heads))
+
+    def fork(self) -> HeadedLayer:
+        """A copy-on-write twin."""
+        twin = HeadedLayer(self.policy, self._sites, self._shared)
+        self._hand_over(twin)
+        twin.parts = [(heads, part.fork()) for heads, part in self.parts]
+        return twin
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        for _, part in self.parts:
+            part.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens (given as a negative number)
+        while they are in the exact window of every head."""
+        # the heads with the shortest window first: a refused crop takes nothing
+        for _, part in sorted(self.parts, key=lambda held: held[1].exact):
+            part.crop(tokens_to_remove)
+        self.seen = self.parts[0][1].seen
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        for _, part in self.parts:
+            part.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Batch row i becomes the old row indices[i]."""
+        for _, part in self.parts:
+            part.batch_select_indices(indices)
+
+
+def _places(heads: tuple[int, ...], share: int) -> slice | list[int]:
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0] * share, (heads[-1] + 1) * share)
+    return [head * share + i for head in heads for i in range(share)]
