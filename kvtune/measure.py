@@ -4,12 +4,15 @@ from the bank, through the runtime that ships."""
 from __future__ import annotations
 
 import functools
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kvtune_kernels import implementation
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
@@ -107,7 +110,10 @@ class Bench:
         return Quality.joined(parts)
 
     @torch.no_grad()
+    @implementation("reference")
     def _forward(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> Quality:
+        # In plain torch on any device: a trial asks a few questions of codes that no other trial
+        # has, and a compiler would take longer than the answers. Proofs run the kernels.
         bank = self.bank
         layers = [self._layer(index, policy, rows, memo) for index, policy in enumerate(policies)]
         logits = self.model(bank.inputs[rows], past_key_values=Cache(layers=layers)).logits
@@ -116,7 +122,33 @@ class Bench:
     def cache(self, policies: tuple[Policy, ...]) -> Cache:
         """A cache that holds the contexts, for generation to go on from."""
         rows = list(range(self.bank.tokens.shape[0]))
-        return Cache(layers=[self._layer(i, own, rows, True) for i, own in enumerate(policies)])
+        return Cache(layers=[self._layer(i, own, rows, False) for i, own in enumerate(policies)])
+
+    @property
+    def compiles(self) -> bool:
+        """Whether generation runs kernels that are compiled at their first launch."""
+        return self.bank.tokens.is_cuda
+
+    def warm(self, recipes: Iterable[tuple[Policy, ...]]) -> None:
+        """Compiles what generation on a GPU will launch for these recipes, many kernels at once.
+
+        A kernel is compiled for each pair of formats; one by one they would take longer than
+        generation does.
+        """
+        wanted = {(own, i) for recipe in recipes for i, own in enumerate(recipe)}
+        first = {own: i for own, i in sorted(wanted, key=lambda pair: -pair[1]) if not own.is_dense}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._launched, first.values(), first.keys()))
+
+    @torch.no_grad()
+    def _launched(self, layer: int, policy: Policy) -> None:
+        """Encodes the contexts in one layer and answers one token, as generation would."""
+        filled = self.filled(layer, policy)
+        keys, values, query = (
+            x[layer][:, :, :1] for x in (self.bank.keys, self.bank.values, self.bank.queries)
+        )
+        filled.update(keys, values)
+        filled.attend(query, None, None, None)
 
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""

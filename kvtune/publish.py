@@ -88,6 +88,10 @@ class Publisher:
         runs.clear_front(self.folder)
         points: list[Point] = []
         proved = worth_proving(measured, most)
+        if bench.compiles:
+            self.say("compiling kernels", 0, 1)
+            bench.warm(candidate.policies for candidate in proved)
+            self.say("compiling kernels", 1, 1)
         for candidate in proved:
             points.append(self._proved(bench, len(points), candidate, measured))
             self.say("proof by generation", len(points), len(proved))

@@ -12,7 +12,8 @@ from kvtune import parts
 from kvtune.errors import UsageError
 from kvtune.models import Facts
 from kvtune.parts import Chain, Codec
-from kvtune.recipe import LayerPolicy, Policy, Recipe, Tier
+from kvtune.policy import LayerPolicy, Policy, to_entry
+from kvtune.recipe import Recipe
 from kvtune.spans import resolve, write
 
 Side = Literal["keys", "values"]
@@ -125,10 +126,5 @@ def to_recipe(policies: dict[int, Policy], layers: int, **fields: Any) -> Recipe
     spans: dict[Policy, list[int]] = {}
     for layer in range(layers):
         spans.setdefault(policies.get(layer, Policy()), []).append(layer)
-    entries = tuple(_entry(policy, write(found)) for policy, found in spans.items())
+    entries = tuple(to_entry(policy, write(found)) for policy, found in spans.items())
     return Recipe(layers=entries, **fields)
-
-
-def _entry(policy: Policy, span: str) -> LayerPolicy:
-    tier = Tier(keys=tuple(policy.keys.tables()), values=tuple(policy.values.tables()))
-    return LayerPolicy(span=span, sinks=policy.sinks, recent=policy.recent, kept=tier)

@@ -34,8 +34,15 @@ class Speed:
         return sum(self.layer(policies[i]) for i in self.known.compressible())
 
     def layer(self, policy: Policy) -> float:
-        """The time of one layer."""
-        return self.dense() if policy.is_dense else self.pair(policy.keys, policy.values)
+        """The time of one layer; heads of different formats are read by launches of their own."""
+        if policy.is_dense:
+            return self.dense()
+        if not policy.heads:
+            return self.pair(policy.keys, policy.values)
+        count = self.table.kv_heads
+        return sum(
+            self.pair(keys, values, len(heads) / count) for heads, keys, values in policy.heads
+        )
 
     def dense(self) -> float:
         """The time of bf16 attention in one layer."""

@@ -66,7 +66,7 @@ class Tuner:
         Raises:
             UsageError: nothing could be proved.
         """
-        if held := self._finished():
+        if held := self.finished():
             return held
         with self._timed("calibrate"):
             profile = self.held_profile() if calibrated else self.profile()
@@ -75,7 +75,7 @@ class Tuner:
         with sole(self.limits.storage, STUDY, "proof") as mine:
             if not mine:
                 return None
-            if held := self._finished():
+            if held := self.finished():
                 return held
             return self._published(rows, command)
 
@@ -89,7 +89,8 @@ class Tuner:
         found = {"held_out": measured, "search": self._said(rows), "stages": self.seconds}
         return publisher.finish(points, command, self.bound(), found)
 
-    def _finished(self) -> dict[str, Any] | None:
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of the folder's finished run, when it is one of these inputs."""
         if held := runs.read_summary(self.folder, self.bound()):
             self.say("finished run reused", 1, 1)
         return held

@@ -14,8 +14,17 @@ CHOSEN = "chosen"
 ASK = "Why is the sky blue?"
 
 
-def show(out: Output, summary: dict[str, Any], folder: Path, model: str, max_kl: float) -> None:
-    """Prints the front, the chosen recipe and the next command; fills the data of --json."""
+def show(
+    out: Output, summary: dict[str, Any] | None, folder: Path, model: str, max_kl: float
+) -> None:
+    """Prints the front, the chosen recipe and the next command; fills the data of --json.
+
+    Without a summary, another worker of the study proves the front.
+    """
+    if summary is None:
+        out.data |= {"proved_elsewhere": True}
+        out.print("All trials are done; another worker of this study proves the front.")
+        return
     points, at = summary["points"], summary["chosen"]
     place = str(folder / CHOSEN)
     command = shlex.join(["kvtune", "apply", place, "--model", model, "--prompt", ASK])

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kvtune import runs
 from kvtune.bank import Sizes
 from kvtune.cli.job import Job, bytes_context, check_length, open_model, read_texts
 from kvtune.cli.options import Aim, Count
 from kvtune.cli.output import Output
+from kvtune.commons import living
 from kvtune.errors import MissingInputError, UsageError
 from kvtune.goal import Bounds, Goal
 from kvtune.models import facts
 from kvtune.publish import Settings
 from kvtune.recipe import Recipe
 from kvtune.search import STUDY, Limits
-from kvtune.study import rows
+from kvtune.study import fresh, rows
 from kvtune.tune import Tuner
 
 
@@ -68,23 +69,19 @@ def check_study(limits: Limits) -> None:
         held = rows(limits.storage, STUDY)
     except MissingInputError:
         return
-    if held and not limits.resume and not limits.anew:
+    joins = limits.resume or limits.anew or living(limits.storage, STUDY)
+    if held and not joins:
         what = f"{len(held)} trials are in {limits.storage} already."
         raise UsageError(what, "Use --resume to go on or --fresh to start anew.")
 
 
-def finished(
-    out: Output, tuner: Tuner, command: str, calibrated: bool = False
-) -> dict[str, Any] | None:
-    """Runs all stages that are not finished yet; returns the summary, or None where another
-    worker of the study proves its front."""
-    if tuner.limits.anew:
-        (tuner.folder / runs.SUMMARY).unlink(missing_ok=True)
-    summary = tuner.run(command, calibrated)
-    if summary is None:
-        out.data |= {"worker": True}
-        out.print("All trials are done; another worker of this study proves the front.")
-    return summary
+def begun(limits: Limits, folder: Path) -> Limits:
+    """The limits of a run whose earlier search is forgotten where that was asked for."""
+    if limits.anew:
+        fresh(limits.storage, STUDY)
+        (folder / runs.SUMMARY).unlink(missing_ok=True)
+        return replace(limits, resume=True, anew=False)
+    return limits
 
 
 def command_line(*more: str) -> str:

@@ -1,5 +1,6 @@
 """kvtune search: from a calibrated run folder to a study and a proved front."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import typer
 
 from kvtune.cli.options import Aim, Count, DryRun
 from kvtune.cli.output import Output
+from kvtune.cli.workers import Workers, check, spawn
 from kvtune.errors import UsageError
 
 _search: Callable[..., Any] = partial(typer.Option, rich_help_panel="Search")
@@ -29,11 +31,18 @@ class Study:
 
 
 def search(
-    out: Output, folder: Directory, aim: Aim, study: Study, count: Count, dry_run: DryRun = False
+    out: Output,
+    folder: Directory,
+    aim: Aim,
+    study: Study,
+    count: Count,
+    workers: Workers = 1,
+    dry_run: DryRun = False,
 ) -> None:
     """Search for recipes with the profile of DIR, and prove the front.
 
-    Model, text and template are those that calibrate wrote into the folder.
+    Model, text and template are those that calibrate wrote into the folder. The same command on
+    other machines, with a copy of DIR and the same --storage on a server, joins the search.
     """
     from kvtune.cli import front, plan, run
     from kvtune.cli.job import TEMPLATE, Job
@@ -46,8 +55,11 @@ def search(
     if dry_run:
         return plan.show(out, job, template, count, folder, trials=aim.trials, calibrated=True)
     limits = run.limits_of(folder, aim, study.storage, resume=study.resume, anew=study.fresh)
+    check(workers, study.storage)
     run.check_study(limits)
     out.resume = run.command_line("--resume")
-    tuner = run.open_run(out, job, folder, template, count, limits, aim)
-    if (summary := run.finished(out, tuner, out.resume, calibrated=True)) is not None:
-        front.show(out, summary, folder, job.model, aim.choose_within)
+    limits = run.begun(limits, folder)
+    with spawn(workers, sys.argv[1:]):
+        tuner = run.open_run(out, job, folder, template, count, limits, aim)
+        summary = tuner.run(out.resume, calibrated=True)
+    front.show(out, summary or tuner.finished(), folder, job.model, aim.choose_within)

@@ -49,7 +49,7 @@ def tune(
     limits = run.limits_of(folder, aim, anew=fresh)
     run.check_study(limits)
     out.resume = run.command_line()
-    tuner = run.open_run(out, job, folder, opened, count, limits, aim)
+    tuner = run.open_run(out, job, folder, opened, count, run.begun(limits, folder), aim)
     job.save(folder, opened)
-    if (summary := run.finished(out, tuner, out.resume)) is not None:
-        front.show(out, summary, folder, model, aim.choose_within)
+    summary = tuner.run(out.resume)
+    front.show(out, summary, folder, model, aim.choose_within)
