@@ -131,7 +131,8 @@ def loads(text: str, where: str = "recipe") -> Recipe:
     version = table.get("kvtune")
     if isinstance(version, int) and version > FORMAT:
         raise IntegrityError(
-            f"{where} has format {version}; this kvtune reads {FORMAT}.", "Upgrade kvtune."
+            f"{where} has format {_brief(str(version))}; this kvtune reads {FORMAT}.",
+            "Upgrade kvtune.",
         )
     if type(version) is not int or version != FORMAT:
         raise IntegrityError(

@@ -104,14 +104,9 @@ def token(bits: int) -> str:
 
 
 DEROPE = 'use = "derope"'
-
-
-def head(span: str, keys: str = "", values: str = "") -> str:
-    """Returns the TOML of kv heads that are stored in a way of their own, to follow an entry."""
-    own = entry(keys, values, span=span).replace("[[layers]]", "[[layers.heads]]")
-    return own.replace("sinks = 0\nrecent = 0\n", "")
-
-
+HEAD = (
+    f'[[layers.heads]]\nspan = "0"\nkept = {{ keys = [{{{DEROPE}}}], values = [{{{token(8)}}}] }}\n'
+)
 MADE = {
     "k8v8": entry(channel(8), token(8), recent=7),
     "k4v2-windowed": entry(channel(4), token(2), sinks=3, recent=64),
@@ -124,7 +119,7 @@ MADE = {
     "layers-apart": entry(channel(2), token(8), recent=7, span="last 1")
     + entry(DEROPE, token(3), sinks=3, span="rest"),
     # one kv head, the first, of models with several; of the others the only one
-    "heads-apart": entry(channel(4), token(2), sinks=3, recent=7) + head("0", DEROPE, token(8)),
+    "heads-apart": entry(channel(4), token(2), sinks=3, recent=7) + HEAD,
     "hadamard-k4": entry(f'use = "hadamard" > {token(4)}', f'use = "hadamard" > {token(2)}'),
     "first-dense": entry(span="first 1") + entry(token(4), token(4), recent=3, span="rest"),
 }
