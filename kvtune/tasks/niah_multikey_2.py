@@ -9,8 +9,6 @@ from kvtune.task import Count, Item, Task, Turn, fit
 class NiahMultikey2(Task):
     """One number among many; the haystack is nothing but such sentences."""
 
-    quick = True
-
     def make(self, rng: random.Random, count: Count, tokens: int, prose: str) -> Item:
         """The haystack is needles, word to number; one of them is asked for."""
         seed = rng.random()

@@ -9,6 +9,8 @@ from kvtune.task import Count, Item, Task, Turn, fit
 class Second(Task):
     """Two numbers in filler; the second is asked for after the first was answered."""
 
+    quick = True
+
     def make(self, rng: random.Random, count: Count, tokens: int, prose: str) -> Item:
         """Only the second answer counts; the first is the model's own."""
         seed, names, values = rng.random(), keys(rng, 2), numbers(rng, 2)
