@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from kvtune_kernels import implementation
 from torch import Tensor
 
 from kvtune.cache import load, sites
 from kvtune.errors import UnsupportedError
+from kvtune.fused import FusedRows
 from kvtune.heads import HeadedLayer, make_layer, picked
 from kvtune.layer import CompressedLayer
 from kvtune.models import facts, ropes
-from kvtune.policy import HeadGroup, Policy
+from kvtune.policy import HeadEntry, HeadGroup, Policy
+from kvtune.rows import Rows
 
 KV_HEADS, SHARE, DIM = 4, 3, 16
+AFFINE = 'use = "affine", bits = {}, group = "head"'
+EIGHT = {"use": "affine", "bits": 8, "group": "head"}
 STEPS = (70, 1, 1, 60, 1, 7)
 
 
@@ -127,3 +132,33 @@ def test_a_fork_and_its_trunk_do_not_know_each_other(
     assert twin.seen == trunk.seen == 2 * sum(STEPS)
     trunk.reset()
     assert trunk.seen == trunk.nbytes == 0
+
+
+def test_kernels_read_each_group_of_heads(written: Any, model_of: Any, draw: Any) -> None:
+    """In bfloat16, with a padded row; a dense group is read in plain torch beside them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model_of("llama", num_key_value_heads=4, num_hidden_layers=1).to(device, torch.bfloat16)
+    plain = written(keys=AFFINE.format(4), values=AFFINE.format(2), sinks=3, recent=7)
+    named = tuple(
+        HeadEntry.model_validate({"span": span, "kept": kept})
+        for span, kept in (("1", {"keys": [EIGHT], "values": [EIGHT]}), ("2", {}))
+    )
+    entry = plain.layers[0].model_copy(update={"heads": named})
+    recipe = plain.model_copy(update={"layers": (entry,)})
+    tokens, mask = draw(2, 90).to(device), torch.ones(2, 90, dtype=torch.long, device=device)
+    mask[1, :10] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    found = {}
+    for name in ("reference", "triton"):
+        with implementation(name), torch.no_grad():
+            cache, out = load(recipe, model), []
+            for start, end in ((0, 88), (88, 89), (89, 90)):
+                given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+                inputs = tokens[:, start:end]
+                out.append(model(inputs, past_key_values=cache, **given).logits)
+            found[name] = torch.cat(out, 1).float()[mask.bool()]
+    kinds = [[type(group.rows) for group in part.groups] for _, part in cache.layers[0].parts]
+    assert [heads for heads, _ in cache.layers[0].parts] == [(0, 3), (1,), (2,)]
+    assert kinds == [[FusedRows], [FusedRows], [Rows, Rows]]
+    error = (found["triton"] - found["reference"]).norm() / found["reference"].norm()
+    assert error <= 0.03
