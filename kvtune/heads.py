@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def make_layer(
 def picked(x: Tensor, heads: tuple[int, ...], share: int = 1) -> Tensor:
     """Returns the part of x [B, H * share, n, D] that belongs to some of H kv heads, a view where
     they are neighbours; `share` query heads read one kv head."""
-    return x[:, _places(heads, share)]
+    return x[:, _places(heads, share, x.device)]
 
 
 class HeadedLayer(CompressedLayer):
@@ -69,7 +70,7 @@ class HeadedLayer(CompressedLayer):
         share = query.shape[1] // self._kv_heads
         out = torch.empty_like(query)
         for heads, part in self.parts:
-            places = _places(heads, share)
+            places = _places(heads, share, query.device)
             out[:, places] = part.attend(query[:, places], mask, scale, softcap)
         return out
 
@@ -111,7 +112,13 @@ class HeadedLayer(CompressedLayer):
             part.batch_select_indices(indices)
 
 
-def _places(heads: tuple[int, ...], share: int) -> slice | list[int]:
+@lru_cache(maxsize=1024)
+def _places(heads: tuple[int, ...], share: int, device: torch.device) -> slice | Tensor:
+    """Where some heads are: a view where they are neighbours, else an index on their device.
+
+    An index from the host would be copied in every step, and no CUDA graph could hold that.
+    """
     if heads == tuple(range(heads[0], heads[-1] + 1)):
         return slice(heads[0] * share, (heads[-1] + 1) * share)
-    return [head * share + i for head in heads for i in range(share)]
+    with torch.inference_mode(False):  # it is kept beyond the caller's mode
+        return torch.tensor([head * share + i for head in heads for i in range(share)]).to(device)

@@ -27,6 +27,7 @@ FORMAT = 1
 MAX_BYTES = 1 << 20  # a recipe is small; anything larger is not read
 DEEPEST = 16  # levels of [measured]
 RECIPE_FILE = "recipe.toml"
+UNION = "tuple[HeadEntry, ...]"  # pydantic's name of a branch, which is no place in a file
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -211,7 +212,7 @@ def _unfit(value: Any, depth: int = 0) -> str:
 
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if part != UNION)
     if first["type"] == "extra_forbidden":
         key, known = str(first["loc"][-1]), _fields_at(first["loc"][:-1])
         place = _brief(place)
