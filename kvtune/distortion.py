@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvtune_kernels import implementation
 from torch import Tensor
 
 from kvtune.measure import Bench
@@ -13,6 +14,7 @@ SEQUENCES = 2  # the ranking of layers is stable over prompts, so two sequences 
 
 
 @torch.no_grad()
+@implementation("reference")
 def distortions(bench: Bench, layer: int, choices: Opened) -> Tensor:
     """Returns [key settings, value settings, 4]: e_k, e_v, e_a, e_o of what the next query reads.
 

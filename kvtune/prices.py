@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvtune_kernels import attend
+from kvtune_kernels import attend, implementation
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -109,6 +109,7 @@ def _joined(rows: list[Pull]) -> Pull:
 
 
 @torch.no_grad()
+@implementation("reference")  # as a trial: a compiler would take longer than the answers
 def price(bench: Bench, layer: int, policy: Policy, pull: Pull) -> Tensor:
     """Returns the KL in nats [H + 1] that a policy costs in one
     layer: of the whole layer, then of each kv head alone.

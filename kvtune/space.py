@@ -70,6 +70,11 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
             f"{template.name or 'The template'} opens nothing to search.",
             'Write "search" for a setting: bits = "search".',
         )
+    if closed := [own.span for own in template.layers if own.heads and not own.per_head]:
+        raise UsageError(
+            f"Layers {closed[0]} list their heads in a template, which searches layers as a whole.",
+            'Write heads = "search" there, or leave the heads out.',
+        )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
     layers = {i: template.layers[owner[i]] for i in known.compressible()}
     sides = {

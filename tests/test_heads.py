@@ -134,6 +134,7 @@ def test_a_fork_and_its_trunk_do_not_know_each_other(
     assert trunk.seen == trunk.nbytes == 0
 
 
+@pytest.mark.filterwarnings("ignore:Kernels read one quantiser on each side")  # said on a GPU
 def test_kernels_read_each_group_of_heads(written: Any, model_of: Any, draw: Any) -> None:
     """In bfloat16, with a padded row; a dense group is read in plain torch beside them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

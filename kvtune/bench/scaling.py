@@ -22,7 +22,8 @@ from kvtune.tune import Tuner
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of both stages for one depth and context."""
+    """Seconds of both stages for one depth and context: of the process where a CPU works, which
+    other programs do not lengthen, else of the wall clock."""
 
     layers: int
     context: int
@@ -69,11 +70,12 @@ def _cost(
         tuner = Tuner(
             model, tokenizer, texts, template, Path(place), settings=settings, limits=limits
         )
-        began = time.perf_counter()
+        clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+        began = clock()
         profile = tuner.profile()
-        middle = time.perf_counter()
+        middle = clock()
         rows = tuner.search(profile)
-        spent = time.perf_counter() - middle
+        spent = clock() - middle
     depth = len(facts(model.config).layers)
     return Cost(depth, settings.sizes.context, middle - began, spent, len(rows))
 

@@ -117,7 +117,8 @@ def scaling(
         spent = (f"{row.calibrate:.1f} s", f"{row.search:.1f} s")
         table.add_row(str(row.layers), f"{row.context:,}", *spent, str(row.trials))
     told = "; ".join(f"{s} grows as layers^{a:.2f} context^{b:.2f}" for s, (a, b) in powers.items())
-    sizes = f"{text.sequences} sequences, {continuation} continuation tokens"
+    kind = "CPU seconds" if loaded.device.type == "cpu" else "wall seconds"
+    sizes = f"{kind}; {text.sequences} sequences, {continuation} continuation tokens"
     out.print(table, f"{told}.", f"{sizes}; {', '.join(ran_on.values())}")
     write(output, out)
 
