@@ -12,9 +12,10 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache
 
 from kvtune.cache import CompressedCache
+from kvtune.placement import input_device
 from kvtune.task import Item
 
-ROWS = 8  # items answered together
+ROWS, TOKENS = 8, 32_768  # items answered together, and tokens of their contexts, padding included
 
 
 class Pair(NamedTuple):
@@ -92,7 +93,8 @@ def _batches(tokenizer: Any, items: Sequence[Item]) -> list[list[Prepared]]:
     batches = []
     for _, group in sorted(groups.items()):
         group.sort(key=lambda one: (len(one.context), one.place))  # little padding
-        batches += [group[start : start + ROWS] for start in range(0, len(group), ROWS)]
+        rows = max(1, min(ROWS, TOKENS // max(1, len(group[-1].context))))
+        batches += [group[start : start + rows] for start in range(0, len(group), rows)]
     return batches
 
 
@@ -106,7 +108,7 @@ def _padded(batch: list[Prepared], device: torch.device) -> tuple[Tensor, Tensor
 
 def _filled(model: Any, batch: list[Prepared], cache: CompressedCache | None) -> list[Cache]:
     """The dense cache with the contexts in it, and the compressed one."""
-    ids, mask = _padded(batch, model.device)
+    ids, mask = _padded(batch, input_device(model))
     dense = DynamicCache(config=model.config)
     twin = None if cache is None else cache.fresh()
     places = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -121,29 +123,54 @@ def _filled(model: Any, batch: list[Prepared], cache: CompressedCache | None) ->
 
 def _said(model: Any, tokenizer: Any, batch: list[Prepared], cache: Cache) -> list[str]:
     """The last answers, after all turns on one cache."""
-    ids, mask = _padded(batch, model.device)
-    new: Tensor | None = None
+    ids, mask = _padded(batch, input_device(model))
+    ends, last = _ends(model, tokenizer), len(batch[0].new_tokens) - 1
+    start = ids.shape[1]
     for turn, count in enumerate(batch[0].new_tokens):
-        asked = torch.tensor([one.questions[turn] for one in batch], device=model.device)
-        ids = torch.cat([ids, asked], 1)
-        mask = torch.cat([mask, torch.ones_like(asked)], 1)
-        # rows of one batch stay equally long; what follows the end of a text is cut off later
-        greedy = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
-        out = model.generate(
+        ids = torch.cat([ids, ids.new_tensor([one.questions[turn] for one in batch])], 1)
+        mask = _longer(mask, ids)
+        start = ids.shape[1]
+        ids = model.generate(
             ids,
             attention_mask=mask,
             past_key_values=cache,
-            generation_config=greedy,
+            generation_config=_greedy(count, ends, whole=turn < last),
         )
-        new = out[:, ids.shape[1] :]
-        mask = torch.cat([mask, torch.ones_like(new)], 1)
-        ids = out
-    assert new is not None
-    return [_text(tokenizer, row) for row in new.tolist()]
+        mask = _longer(mask, ids)
+    return [_text(tokenizer, row, ends) for row in ids[:, start:].tolist()]
 
 
-def _text(tokenizer: Any, row: list[int]) -> str:
-    end = tokenizer.eos_token_id
-    kept = row[: row.index(end)] if end in row else row
-    text: str = tokenizer.decode(kept, skip_special_tokens=True)
+def _longer(mask: Tensor, ids: Tensor) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1)
+
+
+def _greedy(count: int, ends: frozenset[int], whole: bool) -> GenerationConfig:
+    """How `count` tokens are said; a `whole` answer, behind which a question comes, ends no
+    earlier, so that no row waits on padding and none depends on its neighbours.
+
+    What a model's own generation config asks beside this is switched off: a penalty on repeating
+    would forbid to say what the context holds.
+    """
+    return GenerationConfig(
+        max_new_tokens=count,
+        min_new_tokens=count if whole else 0,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+
+
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a text: chat models have several."""
+    own = model.generation_config.eos_token_id
+    several = own if isinstance(own, list) else [own]
+    return frozenset(end for end in (tokenizer.eos_token_id, *several) if end is not None)
+
+
+def _text(tokenizer: Any, row: list[int], ends: frozenset[int]) -> str:
+    end = next((place for place, token in enumerate(row) if token in ends), len(row))
+    text: str = tokenizer.decode(row[:end], skip_special_tokens=True)
     return text

@@ -8,6 +8,7 @@ from typing import Any
 from kvtune.intervals import Interval, items_needed, resampled
 
 TOLERANCE = 0.1  # a difference that may be left open when a recipe is called no worse
+FEWEST = 6  # of fewer items all may fall by chance: 2 * 0.5 ** 5 is more than 5 %
 UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
 
 
@@ -75,6 +76,7 @@ class Scores:
     items: int
     tasks: tuple[TaskScores, ...]
     too_long: tuple[str, ...] = ()  # tasks that do not fit into the length
+    recipe: str = ""  # its name, by which a report shows it
 
     @property
     def difference(self) -> Interval | None:
@@ -83,8 +85,9 @@ class Scores:
         return resampled(told, SIGNED) if told else None
 
     def table(self) -> dict[str, Any]:
-        """Plain values: length, seed, items, tasks, too_long, mean (None without any)."""
+        """Plain values: recipe, length, seed, items, tasks, too_long, mean (None without any)."""
         return {
+            "recipe": self.recipe,
             "length": self.length,
             "seed": self.seed,
             "items": self.items,
@@ -114,11 +117,11 @@ class Scores:
 
 def judged(difference: Interval, every: list[float]) -> tuple[str, int | None]:
     """The verdict on a difference, and how many items would do where it cannot tell."""
-    if difference.high < 0:
+    if difference.high < 0 and len(every) >= FEWEST:
         return "worse", None
-    if -difference.low <= TOLERANCE:
+    if -difference.low <= TOLERANCE and len(every) >= FEWEST:
         return f"no worse than {max(0.0, -difference.low):.1%}", None
-    return "cannot tell", items_needed(every, TOLERANCE)
+    return "cannot tell", max(FEWEST, items_needed(every, TOLERANCE))
 
 
 def _side(scores: tuple[float, ...]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvtune import recipe as recipes
 from kvtune import task as tasks
 from kvtune.answers import Pair, answers
 from kvtune.cache import CompressedCache, load
@@ -89,7 +90,7 @@ def run(
     if not found:
         what = f"No task of {', '.join(wanted)} fits into {size:,} tokens."
         raise UsageError(what, "Give a larger --suite-length.")
-    return Scores(size, seed, items, tuple(found), tuple(skipped))
+    return Scores(size, seed, items, tuple(found), tuple(skipped), _name(recipe))
 
 
 class Asking:
@@ -165,6 +166,12 @@ def _compared(task: Task, items: list[Item], pairs: list[Pair]) -> TaskScores:
     )
     chance = _mean([item.chance for item in items])
     return TaskScores(task.name(), chance, dense, compressed, task.averaged, details)
+
+
+def _name(recipe: Recipe | Path | str) -> str:
+    if isinstance(recipe, Recipe):
+        return recipe.name
+    return recipes.load(Path(recipe)).name or Path(recipe).stem
 
 
 def _following(item: Item, said: str) -> Item:

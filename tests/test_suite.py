@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,6 +111,43 @@ def test_a_batched_answer_is_that_of_the_item_alone(small: tuple[Any, Any], text
             assert getattr(together[place], wanted) == said
 
 
+@pytest.fixture
+def ending(small: tuple[Any, Any]) -> Iterator[tuple[Any, list[int]]]:
+    """The model's own generation config, and tokens that its answers hold."""
+    model, tokenizer = small
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    said = [pair.dense for pair in asked(small, EMPTY).values()]
+    yield model.generation_config, [tokenizer(text).input_ids[1] for text in said[:2]]
+    model.generation_config = own
+
+
+@pytest.mark.parametrize("text", [EMPTY, WEAK])
+def test_an_answer_ends_at_any_end_of_the_model_whatever_its_neighbours_do(
+    small: tuple[Any, Any], ending: tuple[Any, list[int]], text: str
+) -> None:
+    model, tokenizer = small
+    cache, config = load(recipes.loads(text), model), ending[0]
+    short = [replace(item, turns=item.turns[-1:]) for item in items(5)]
+    whole = dict(answers(model, tokenizer, short, cache))
+    config.eos_token_id = ending[1]
+    cut = dict(answers(model, tokenizer, short, cache))
+    for place in whole:
+        assert all(a.startswith(b) for a, b in zip(whole[place], cut[place], strict=True))
+    assert whole != cut
+    together = asked(small, text)
+    for place, item in enumerate(items(5)):
+        assert dict(answers(model, tokenizer, [item], cache))[0] == together[place]
+
+
+def test_a_penalty_that_a_model_ships_does_not_forbid_to_repeat_the_context(
+    small: tuple[Any, Any], ending: tuple[Any, list[int]]
+) -> None:
+    free = asked(small, WEAK)
+    ending[0].repetition_penalty, ending[0].no_repeat_ngram_size = 9.0, 1
+    assert asked(small, WEAK) == free
+
+
 def test_runs_agree_exactly_and_fewer_items_are_the_first_of_more(small: tuple[Any, Any]) -> None:
     def run(count: int) -> dict[str, Any]:
         return suite.run(
@@ -179,6 +219,14 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert held / rounds > 0.88
 
 
+def test_a_drop_in_very_few_items_is_no_conclusion() -> None:
+    fallen = (0.0, 0.0, 0.0, 0.5, 0.0, 0.0)
+    few, more = (TaskScores("t", 0.0, (1.0,) * n, fallen[:n]).table() for n in (5, 6))
+    assert few["verdict"] == "cannot tell"
+    assert few["needs"] >= 6
+    assert more["verdict"] == "worse"
+
+
 def test_no_difference_in_few_items_promises_little() -> None:
     few, many = (TaskScores("t", 0.0, (1.0,) * n, (1.0,) * n).table() for n in (5, 40))
     assert few["verdict"] == "cannot tell"
@@ -216,7 +264,7 @@ def test_scores_are_printed_written_and_gated(
     words = (*words, "--suite", "passkey", "--suite-length", "300")
     found = kv.json(*words, "-o", tmp_path / "own.json")
     table = found["data"]["suite"]
-    assert table["length"] == 300
+    assert (table["recipe"], table["length"]) == ("weak", 300)
     for file in (tmp_path / "own.json", run / "scores" / "03.json"):
         assert json.loads(file.read_text()) == table
     shown = kv(*words)

@@ -133,7 +133,7 @@ def _verdict(limit: float | None, difference: Any) -> list[Verdict]:
         what = "The dense model is at chance on every task, so --max-drop cannot be judged."
         raise UsageError(what, "Give other tasks or a shorter --suite-length.")
     ends = (-difference.high, -difference.low)
-    return [Verdict.of("max-drop", -difference.mean, limit, ends)]
+    return [Verdict.of("max-drop", 0.0 - difference.mean, limit, ends)]
 
 
 def _places(path: Path, output: Path | None) -> list[Path]:
