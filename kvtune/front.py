@@ -17,6 +17,7 @@ from kvtune.speed import Speed
 from kvtune.study import Row, front
 
 T = TypeVar("T")
+SLIGHT, CLEARLY = 1.02, 0.8
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,23 @@ def held_out(
 def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
     """The points that no other beats on held-out text, uniform ones included; largest first.
 
-    Of those with a negligible KL only the smallest is kept.
+    Of those with a negligible KL only the smallest is kept. A point goes, too, where a fiftieth
+    more of bytes and time buys another with a fifth less KL: nobody would choose it.
     """
     best = [own for own in measured if not any(dominates(x.values, own.values) for x in measured)]
     best = list({own.values: own for own in reversed(best)}.values())  # equals once, the first
+    best = [own for own in best if not any(_bargain(other, own) for other in best)]
     best.sort(key=lambda candidate: (-candidate.bytes, candidate.kl))
     while len(best) > 1 and best[1].kl < NEGLIGIBLE:
         del best[0]
     return evenly(best, [candidate.bytes for candidate in best], most)
+
+
+def _bargain(other: Candidate, own: Candidate) -> bool:
+    """Whether another point costs hardly more and is clearly nearer to the dense model."""
+    dearer = other.bytes <= SLIGHT * own.bytes
+    slower = (other.latency or 0.0) <= SLIGHT * (own.latency or 0.0)
+    return dearer and slower and other.kl <= CLEARLY * own.kl
 
 
 def best_uniform(measured: list[Candidate], budget: int) -> float | None:

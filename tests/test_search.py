@@ -261,6 +261,18 @@ def _row(number: int, attrs: dict[str, Any]) -> Row:
     return Row(number, "", {}, None, "stopped", None, attrs)
 
 
+def test_a_point_that_a_hair_more_bytes_would_better_is_not_proved() -> None:
+    def kept(*points: tuple[int, float, float | None]) -> list[int]:
+        measured = [Candidate("knapsack", (), size, kl, time) for size, kl, time in points]
+        return [candidate.bytes for candidate in worth_proving(measured, 9)]
+
+    assert kept((1000, 0.04, None), (1010, 0.02, None)) == [1010]
+    assert kept((1000, 0.04, None), (1010, 0.039, None)) == [1010, 1000]
+    assert kept((1000, 0.04, None), (1100, 0.02, None)) == [1100, 1000]
+    assert kept((1000, 0.04, 10.0), (1010, 0.02, 11.0)) == [1010, 1000]
+    assert kept((1000, 0.04, 10.0), (1010, 0.02, 10.1)) == [1010]
+
+
 def test_only_points_that_nothing_beats_are_proved() -> None:
     def candidate(size: int, kl: float, origin: str = "knapsack") -> Candidate:
         return Candidate(origin, (), size, kl)
