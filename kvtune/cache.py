@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +181,7 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
     return Weight(stored * batch, dense * batch, payload)
 
 
+@lru_cache(8192)  # layers are alike, and so are most of the policies of a search
 def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
     layer = make_layer(policy, sites(0, _NO_ROPE, {}))

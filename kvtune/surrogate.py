@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 from kvtune.cache import layer_bytes
@@ -107,14 +107,13 @@ def surrogate(
     """Prices come from the profile, bytes from the runtime at the context length, times from the
     latency table. With `by_head`, layers that open it have a place for each kv head."""
     prices = profile.prices_by_head() if by_head else profile.prices()
-    weighed = cache(layer_bytes)  # most layers are alike
     rungs: dict[Place, tuple[Rung, ...]] = {}
     for layer, own in choices.items():
         kv_heads, head_dim = known.layers[layer].kv_heads, known.layers[layer].head_dim
         for side in SIDES:
             cells: list[tuple[Chain, int, tuple[float, ...], float]] = []
             for chain in own.chains(side):
-                sizes = weighed(_paired(own, side, chain), kv_heads, head_dim, context)
+                sizes = layer_bytes(_paired(own, side, chain), kv_heads, head_dim, context)
                 cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
                 time = _time(speed, own, side, chain) if speed else 0.0
                 found = prices[cell]

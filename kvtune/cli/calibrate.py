@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,14 +78,13 @@ def sensitivity(tuner: Tuner, profile: Profile) -> list[dict[str, Any]]:
     from kvtune.profile import Cell, setting
 
     prices, at = profile.prices(), tuner.settings.goal.context
-    weighed = cache(layer_bytes)  # layers are alike, and so are most of their settings
     rows = []
     for layer, own in next(iter(tuner.windows.values())).items():
         shape = tuner.known.layers[layer].kv_heads, tuner.known.layers[layer].head_dim
         row: dict[str, Any] = {"layer": layer}
         for side in SIDES:
             sizes = {
-                chain: weighed(own.cell(side, chain), *shape, at) for chain in own.chains(side)
+                chain: layer_bytes(own.cell(side, chain), *shape, at) for chain in own.chains(side)
             }
             small = min(sizes, key=sizes.__getitem__)
             price = prices[Cell(layer, side, setting(small), own.sinks, own.recent)]
