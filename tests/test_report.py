@@ -14,7 +14,7 @@ import torch
 
 from kvtune import report
 from kvtune.profile import Profile
-from kvtune.recipe import LayerPolicy, Tier, loads
+from kvtune.recipe import LayerPolicy, loads
 from kvtune.report import layers, numbers, spectra
 from kvtune.report.figures import layer_map
 
@@ -230,20 +230,16 @@ def test_what_the_page_is_made_of_goes_into_the_wheel():
     assert others == {path for glob in globs for path in SOURCE.glob(glob)}
 
 
-class PerHead(LayerPolicy):
-    """An entry that treats some kv heads in their own way."""
-
-    heads: list[dict[str, Any]]
-
-
 def affine(bits: int) -> dict[str, Any]:
     return {"use": "affine", "bits": bits, "group": 32, "axis": "channel"}
 
 
 def test_heads_that_differ_have_rows_of_their_own():
     recipe = loads(FOLDER.recipe(0, FOLDER.PLAIN))
-    heads = [{"span": "1", "kept": {"keys": [affine(2)], "values": []}}]
-    entry = PerHead(span="all", kept=Tier(keys=(affine(4),)), heads=heads)
+    heads = [{"span": "1", "kept": {"keys": [affine(2)]}}]
+    entry = LayerPolicy.model_validate(
+        {"span": "all", "kept": {"keys": [affine(4)]}, "heads": heads}
+    )
     found = layers.of_recipe(recipe.model_copy(update={"layers": (entry,)}), FOLDER.LAYERS)
     assert [found[0].side("keys", head).bits for head in range(FOLDER.HEADS)] == [4, 2]
     drawn = layer_map(found, FOLDER.HEADS)["data"][0]
