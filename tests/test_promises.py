@@ -17,6 +17,8 @@
 | another model is refused, though its shapes are the same | test_promises | other_weights |
 | any changed weight of keys and values makes another model | test_models | every_weight |
 | a hostile recipe is only data | test_recipe | wrong_recipe, cannot_be_a_recipe, hundred_thousand |
+| 10,000 hostile recipes run and open nothing | test_recipe_hostile | refused_in_words, nothing_else |
+| and take little time and memory | test_recipe_hostile | much_time_or_memory |
 | hostile tensors are only data | test_tensors | every_mutation, malformed |
 | never remote code, never a pickle | test_promises | no_foreign_code, only_a_pickle |
 | no network with --offline | test_promises | no_network |
@@ -25,6 +27,7 @@
 | and the search goes on, and the front is proved | test_promises | search_goes_on |
 | the same inputs and seed give the same files | test_promises | the_same_run |
 | a resumed search equals a straight one | test_study | stopped_and_resumed |
+| a killed worker's trials go to the others | test_postgres | loses_no_trial, random_moments |
 | a second writer is refused | test_study_faults | second_writer |
 """
 
