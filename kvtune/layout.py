@@ -56,8 +56,10 @@ class Layout:
         known: Facts,
         goal: Goal,
         fits: Callable[[tuple[Policy, ...]], bool],
+        dense_bytes: int,
     ) -> None:
         self.views, self.known, self.goal = views, known, goal
+        self._dense_bytes = dense_bytes  # of the 16-bit cache that ratios are to
         self.clusters = clusters(next(iter(views.values())).whole, goal.clusters)
         self.rivals = self._rivals()
         searched = spread(list(self.rivals), max(2, goal.rivals // 3))
@@ -147,11 +149,12 @@ class Layout:
 
     def _most(self, over: str) -> float:
         """The largest budget that the limits leave, in the units of the solver."""
-        bounds = self.goal.bounds
-        limit = bounds.max_bytes if over == "memory" else bounds.max_latency
-        if limit is None:
-            return float("inf")
-        return limit / self.goal.batch if over == "memory" else 10 * limit
+        bounds, endless = self.goal.bounds, float("inf")
+        if over == "latency":
+            return endless if bounds.max_latency is None else 10 * bounds.max_latency
+        most = endless if bounds.max_bytes is None else float(bounds.max_bytes)
+        ratio = 0.0 if bounds.min_ratio is None else bounds.min_ratio
+        return min(most, self._dense_bytes / ratio if ratio else endless) / self.goal.batch
 
     def _paying(self, whole: list[Base]) -> list[Base]:
         """Heads apart at the bytes of each point of a front, where that is predicted to pay."""

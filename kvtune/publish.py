@@ -87,7 +87,7 @@ class Publisher:
             self.say("held-out text", done, len(chosen))
         runs.clear_front(self.folder)
         points: list[Point] = []
-        proved = worth_proving(measured, most)
+        proved = worth_proving([one for one in measured if self._keeps(one)], most)
         if bench.compiles:
             self.say("compiling kernels", 0, 1)
             bench.warm(candidate.policies for candidate in proved)
@@ -107,6 +107,13 @@ class Publisher:
         proof = Proof.of(quality, weight, bank.context, goal.context, goal.batch)
         rival = best_uniform(measured, candidate.bytes)
         return self._written(index, candidate, rival, proof)
+
+    def _keeps(self, candidate: Candidate) -> bool:
+        """Whether a candidate keeps to all limits, on held-out text as well."""
+        time = {} if candidate.latency is None else {"latency": candidate.latency}
+        ratio = self._weight(candidate).ratio
+        values = {"bytes": float(candidate.bytes), "ratio": ratio, "kl": candidate.kl, **time}
+        return all(over <= 0 for over in self.settings.goal.bounds.excess(values).values())
 
     def _weight(self, candidate: Candidate) -> Weight:
         goal = self.settings.goal

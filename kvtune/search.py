@@ -64,7 +64,8 @@ class Search:
         held = shared_by_workers(limits.storage, STUDY, grown, lambda: self._grown(plain))
         self.growth = Growth.of_table(held)
         views = {name: _grown(view, self.growth) for name, view in plain.items()}
-        self.layout = Layout(views, self.known, goal, self._fits)
+        dense = self.weight((Policy(),) * len(self.known.layers)).dense_bytes
+        self.layout = Layout(views, self.known, goal, self._fits, dense)
 
     def run(self, seed: int, on_trial: Callable[[Row, int], None] | None = None) -> list[Row]:
         """Runs or resumes the study; returns all its rows. Every essential start is measured."""

@@ -17,7 +17,7 @@
 | another model is refused, though its shapes are the same | test_promises | other_weights |
 | any changed weight of keys and values makes another model | test_models | every_weight |
 | a hostile recipe is only data | test_recipe | wrong_recipe, cannot_be_a_recipe, hundred_thousand |
-| 10,000 hostile recipes run and open nothing | test_recipe_hostile | refused_in_words, nothing_else |
+| 10,000 of them run and open nothing | test_recipe_hostile | refused_in_words, nothing_else |
 | and take little time and memory | test_recipe_hostile | much_time_or_memory |
 | hostile tensors are only data | test_tensors | every_mutation, malformed |
 | never remote code, never a pickle | test_promises | no_foreign_code, only_a_pickle |
