@@ -12,13 +12,13 @@ from kvtune.bank import Sizes
 from kvtune.cli.job import Job, bytes_context, check_length, open_model, read_texts
 from kvtune.cli.options import Aim, Count
 from kvtune.cli.output import Output
-from kvtune.commons import living
 from kvtune.errors import MissingInputError, UsageError
 from kvtune.goal import Bounds, Goal
 from kvtune.models import facts
 from kvtune.publish import Settings
 from kvtune.recipe import Recipe
 from kvtune.search import STUDY, Limits
+from kvtune.storage import address, is_server
 from kvtune.study import fresh, rows
 from kvtune.tune import Tuner
 
@@ -59,8 +59,14 @@ def goal_of(aim: Aim, count: Count, context: int) -> Goal:
 
 
 def limits_of(folder: Path, aim: Aim, storage: str = "", **rest: bool) -> Limits:
-    """The limits of a run: its study is the folder's own unless another place is named."""
-    return Limits(storage or str(folder / runs.STUDY), aim.trials, aim.time, **rest)
+    """The limits of a run: its study is the folder's own unless another place is named.
+
+    A study on a server is joined without a word: its workers come and go, and one of another
+    search is refused in any case.
+    """
+    limits = Limits(storage or str(folder / runs.STUDY), aim.trials, aim.time, **rest)
+    joins = bool(storage) and is_server(address(storage))
+    return replace(limits, resume=True) if joins else limits
 
 
 def check_study(limits: Limits) -> None:
@@ -69,8 +75,7 @@ def check_study(limits: Limits) -> None:
         held = rows(limits.storage, STUDY)
     except MissingInputError:
         return
-    joins = limits.resume or limits.anew or living(limits.storage, STUDY)
-    if held and not joins:
+    if held and not limits.resume and not limits.anew:
         what = f"{len(held)} trials are in {limits.storage} already."
         raise UsageError(what, "Use --resume to go on or --fresh to start anew.")
 
