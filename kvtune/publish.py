@@ -79,7 +79,7 @@ class Publisher:
         """
         most = self.settings.points
         bench = Bench(self.model, bank, find_ropes(self.model))
-        chosen = worth_measuring(rows, layout, most + 2)
+        chosen = worth_measuring(rows, layout, 2 * most)
         measured: list[Candidate] = []
         for done, (origin, base) in enumerate(chosen, 1):
             with suppress(ResourceError):  # what does not fit into memory is no candidate
