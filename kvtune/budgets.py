@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 
 from kvtune.knapsack import Knapsack, unit_of
 from kvtune.space import SIDES, Side
-from kvtune.surrogate import Assignment, Place, Rung, Surrogate
-
-Size = Callable[[Rung], int]
-
-
-def by_bytes(rung: Rung) -> int:
-    """What a memory budget counts."""
-    return rung.bytes
+from kvtune.surrogate import Assignment, Place, Rung, Size, Surrogate, by_bytes, undominated
 
 
 def by_time(rung: Rung) -> int:
@@ -37,16 +29,8 @@ class Budgets:
         self._ladders = {side: self._of(side) for side in SIDES}
 
     def _of(self, side: Side) -> dict[Place, list[Rung]]:
-        size = self._size
-        found = {}
-        for place, rungs in self._surrogate.rungs.items():
-            if place.side == side:
-                kept: list[Rung] = []
-                for rung in sorted(rungs, key=lambda rung: (size(rung), rung.price)):
-                    if not kept or rung.price < kept[-1].price:
-                        kept.append(rung)
-                found[place] = kept
-        return found
+        rungs = self._surrogate.rungs
+        return {p: undominated(rungs[p], self._size) for p in rungs if p.side == side}
 
     @property
     def range(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
-from kvtune.budgets import Budgets, by_bytes, by_time
+from kvtune.budgets import Budgets, by_time
 from kvtune.clusters import clusters
 from kvtune.errors import UsageError
 from kvtune.goal import Goal
@@ -15,7 +15,7 @@ from kvtune.parts import Chain
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
 from kvtune.space import SIDES, Choices, Opened, Side
-from kvtune.surrogate import Assignment, Place, Prediction, Surrogate
+from kvtune.surrogate import Assignment, Place, Prediction, Surrogate, by_bytes
 
 T = TypeVar("T")
 START = "start"

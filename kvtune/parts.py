@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from kvtune_kernels import Format
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from kvtune import discovery
 from kvtune.errors import UsageError, suggest
 from kvtune.marks import Between, OneOf, Setting
 from kvtune.rope import Rope
@@ -229,8 +228,7 @@ class Chain:
 
 def names() -> tuple[str, ...]:
     """The names of all methods: the files in `kvtune/methods`."""
-    methods = importlib.import_module("kvtune.methods")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(methods.__path__)))
+    return discovery.names("methods")
 
 
 def find(name: str) -> type[Part]:
@@ -240,20 +238,8 @@ def find(name: str) -> type[Part]:
         UsageError: no such file. Only names of existing files resolve, since recipes come from
         strangers.
     """
-    known = names()
-    if name not in known:
-        raise UsageError(f"There is no method {name!r}.", suggest(name, known))
-    module = importlib.import_module(f"kvtune.methods.{name}")
-    parts = [
-        thing
-        for thing in vars(module).values()
-        if isinstance(thing, type)
-        and issubclass(thing, Part)
-        and thing.__module__ == module.__name__
-    ]
-    if len(parts) != 1:
-        raise UsageError(f"methods/{name}.py defines {len(parts)} parts instead of one.")
-    return parts[0]
+    found: type[Part] = discovery.find("methods", name, Part, "method", "parts")
+    return found
 
 
 def parse(table: Mapping[str, Any]) -> Part:

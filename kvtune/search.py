@@ -56,7 +56,6 @@ class Search:
         take what the first of them found."""
         self.bench, self.profile, self.goal, self.limits = bench, profile, goal, limits
         self.speed, self.known = speed, bench.bank.facts
-        self._weights: dict[tuple[Policy, ...], Weight] = {}
         if limits.anew:
             fresh(limits.storage, STUDY)
         plain = {name: self._view(own) for name, own in windows.items()}
@@ -141,12 +140,8 @@ class Search:
         return tuple(float(attrs[names[name]]) for name in self.goal.objectives)
 
     def weight(self, policies: tuple[Policy, ...]) -> Weight:
-        """True bytes at the goal's context and batch; each recipe is counted once."""
-        if policies not in self._weights:
-            self._weights[policies] = weigh(
-                policies, self.known, self.goal.context, self.goal.batch
-            )
-        return self._weights[policies]
+        """True bytes at the goal's context and batch."""
+        return weigh(policies, self.known, self.goal.context, self.goal.batch)
 
     def _fits(self, policies: tuple[Policy, ...]) -> bool:
         """Whether policies keep to the limits that need no measuring."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -38,6 +38,9 @@ class Rung:
     bytes: int
     price: float
     time: float = 0.0
+
+
+Size = Callable[[Rung], int]
 
 
 class Prediction(NamedTuple):
@@ -152,11 +155,16 @@ def _paired(own: Opened, side: Side, chain: Chain) -> Policy:
     return own.policy(max(own.keys, key=lambda other: other.block), chain)
 
 
-def undominated(rungs: Iterable[Rung]) -> list[Rung]:
-    """Rungs that no other beats in both bytes and price:
+def by_bytes(rung: Rung) -> int:
+    """What a memory budget counts."""
+    return rung.bytes
+
+
+def undominated(rungs: Iterable[Rung], size: Size = by_bytes) -> list[Rung]:
+    """Rungs that no other beats in both size and price:
     KVTuner's intra-layer pruning (arXiv:2502.04420)."""
     kept: list[Rung] = []
-    for rung in sorted(rungs, key=lambda rung: (rung.bytes, rung.price)):
+    for rung in sorted(rungs, key=lambda rung: (size(rung), rung.price)):
         if not kept or rung.price < kept[-1].price:
             kept.append(rung)
     return kept

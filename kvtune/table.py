@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from optuna.trial import FrozenTrial, TrialState
 
 from kvtune.errors import ResourceError
+from kvtune.halving import dominates
 from kvtune.sampling import Choice, key
 
 ORIGIN, ATTRS, JUDGED = "origin", "attrs", "judged"  # the user attributes of a trial
@@ -174,10 +175,6 @@ def front(rows: Iterable[Row]) -> list[Row]:
     best: list[Row] = []
     # In this order a row can be dominated by earlier ones only.
     for values, _, row in sorted(valued, key=lambda item: item[:2]):
-        if not any(_dominates(other.values or (), values) for other in best):
+        if not any(dominates(other.values or (), values) for other in best):
             best.append(row)
     return best
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvtune.errors import UsageError, suggest
+from kvtune import discovery
+from kvtune.errors import UsageError
 
 Count = Callable[[str], int]  # tokens of a text
 MARGIN = 2  # tokens that a tokenizer may add at a start, or at the seam of context and question
@@ -124,8 +123,7 @@ def fit(build: Callable[[int], Item], count: Count, tokens: int, least: int = 1)
 
 def names() -> tuple[str, ...]:
     """The names of all tasks: the files in `kvtune/tasks`."""
-    tasks = importlib.import_module("kvtune.tasks")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(tasks.__path__)))
+    return discovery.names("tasks")
 
 
 def find(name: str) -> Task:
@@ -134,17 +132,5 @@ def find(name: str) -> Task:
     Raises:
         UsageError: no such file.
     """
-    if name not in (known := names()):
-        raise UsageError(f"There is no task {name!r}.", suggest(name, known))
-    module = importlib.import_module(f"kvtune.tasks.{name}")
-    found = [
-        thing
-        for thing in vars(module).values()
-        if isinstance(thing, type)
-        and issubclass(thing, Task)
-        and thing.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise UsageError(f"tasks/{name}.py defines {len(found)} tasks instead of one.")
-    task: Task = found[0]()
+    task: Task = discovery.find("tasks", name, Task, "task", "tasks")()
     return task

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from kvtune.budgets import Budgets, by_bytes, by_time
+from kvtune.budgets import Budgets, by_time
 from kvtune.growth import Growth
 from kvtune.methods.affine import Affine
 from kvtune.parts import Chain
 from kvtune.space import SIDES
-from kvtune.surrogate import Place, Rung, Surrogate
+from kvtune.surrogate import Place, Rung, Surrogate, by_bytes
 
 CHAINS = [Chain((Affine(bits=bits),)) for bits in (2, 3, 4, 8)]
 
