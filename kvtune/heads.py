@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvtune.attention import Reading
 from kvtune.layer import CompressedLayer, Group, Shared
-from kvtune.pages import MakeSite
+from kvtune.pages import MakeSite, narrowed
 from kvtune.policy import Policy
 
 
@@ -40,7 +40,8 @@ class HeadedLayer(CompressedLayer):
     ) -> None:
         super().__init__(policy, sites, shared)
         self.parts = [
-            (heads, CompressedLayer(own, sites, self._shared)) for heads, own in policy.parts()
+            (heads, CompressedLayer(own, _narrowed(sites, heads), self._shared))
+            for heads, own in policy.parts()
         ]
         self._kv_heads = sum(len(heads) for heads, _ in self.parts)
 
@@ -110,6 +111,12 @@ class HeadedLayer(CompressedLayer):
         """Batch row i becomes the old row indices[i]."""
         for _, part in self.parts:
             part.batch_select_indices(indices)
+
+
+def _narrowed(
+    sites: tuple[MakeSite, MakeSite], heads: tuple[int, ...]
+) -> tuple[MakeSite, MakeSite]:
+    return narrowed(sites[0], heads), narrowed(sites[1], heads)
 
 
 @lru_cache(maxsize=1024)

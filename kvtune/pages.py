@@ -4,6 +4,7 @@ values) of one layer, and its dense neighbours."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,17 @@ from torch import Tensor
 from kvtune.parts import Chain, Encoded, Site
 
 MakeSite = Callable[[Tensor, torch.dtype], Site]  # positions [T], dtype -> site
+
+
+def narrowed(make: MakeSite, heads: tuple[int, ...]) -> MakeSite:
+    """The sites of some kv heads: fitted tensors have the kv heads along axis 0."""
+    own = list(heads)
+
+    def made(positions: Tensor, dtype: torch.dtype) -> Site:
+        site = make(positions, dtype)
+        return replace(site, tensors={name: x[own] for name, x in site.tensors.items()})
+
+    return made
 
 
 class Grown:

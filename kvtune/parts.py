@@ -18,6 +18,9 @@ from kvtune import discovery
 from kvtune.errors import UsageError, suggest
 from kvtune.marks import Between, OneOf, Setting
 from kvtune.rope import Rope
+from kvtune.seen import Fold as Fold
+from kvtune.seen import Seen as Seen
+from kvtune.seen import joined
 
 SEARCH = "search"  # the value that opens a setting in a template
 OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
@@ -76,6 +79,7 @@ class Codec(Part):
     """Encodes keys or values [B, H, T, D] into fewer bytes and back."""
 
     kind = "codec"
+    linear: ClassVar[bool] = False  # what it stores is a linear map of what it is given: its `fold`
 
     @property
     def payload_bits(self) -> float:
@@ -90,6 +94,19 @@ class Codec(Part):
     def format(self, head_dim: int) -> Format | None:
         """The format in which GPU kernels read what is stored; None when they cannot."""
         return None
+
+    def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
+        """The map of a linear codec, on the device of its tensors (the CPU without any)."""
+        raise NotImplementedError(f"{self.name()} is not linear")
+
+    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """The tensors that `fit` finds and that encode and decode read, by name; axis 0 is the kv
+        heads. They stand in the site as "METHOD.NAME"."""
+        return {}
+
+    def fit(self, seen: Seen) -> dict[str, Tensor]:
+        """Finds the tensors of `shapes` from what calibration saw."""
+        return {}
 
     @abstractmethod
     def encode(self, x: Tensor, site: Site) -> Code:
@@ -189,8 +206,27 @@ class Chain:
         return frozenset[str]().union(*(codec.needs for codec in self.codecs))
 
     def format(self, head_dim: int) -> Format | None:
-        """As a codec's; a chain of several has none, since kernels read one format."""
-        return self.codecs[0].format(head_dim) if len(self.codecs) == 1 else None
+        """As that of the codec that ends it, where all before it are linear, so that kernels can
+        fold them into queries and outputs."""
+        if not self.codecs or not all(codec.linear for codec in self.codecs[:-1]):
+            return None
+        return self.codecs[-1].format(head_dim)
+
+    def fold(self, site: Site, heads: int, head_dim: int) -> Fold | None:
+        """The linear codecs before the last one as one map; None without any."""
+        found = None
+        for codec in self.codecs[:-1]:
+            own = codec.fold(site, heads, head_dim)
+            found = own if found is None else joined(found, own)
+        return found
+
+    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """The fitted tensors of all codecs, named "METHOD.NAME"."""
+        return {
+            f"{codec.name()}.{name}": shape
+            for codec in self.codecs
+            for name, shape in codec.shapes(heads, head_dim).items()
+        }
 
     def encode(self, x: Tensor, site: Site) -> Encoded:
         """Encodes x [B, H, T, D]; T is a multiple of `block`."""

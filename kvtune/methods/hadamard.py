@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kvtune.parts import Code, Codec, Site
+from kvtune.parts import Code, Codec, Fold, Site
 
 _PALEY = {12: 11, 20: 19}  # order, and the prime that it is built of
 
@@ -21,6 +21,8 @@ class Hadamard(Codec):
     a quantiser whose groups lie along the channels.
     """
 
+    linear = True
+
     def check(self, head_dim: int, side: str) -> None:
         """There is a matrix of the head's size."""
         if _core(head_dim) is None:
@@ -28,6 +30,11 @@ class Hadamard(Codec):
                 f"hadamard turns 1, 12 or 20 times a power of two channels: head_dim {head_dim} "
                 "is none of them"
             )
+
+    def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
+        """The matrix itself, for every head."""
+        turn = _turned(torch.eye(head_dim), inverse=False).expand(heads, -1, -1)
+        return Fold(torch.zeros(heads, head_dim), turn, turn.transpose(-1, -2))
 
     def encode(self, x: Tensor, site: Site) -> Code:
         """Returns the turned x [B, H, T, D]."""
