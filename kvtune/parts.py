@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from kvtune_kernels import Format
@@ -21,6 +21,7 @@ from kvtune.rope import Rope
 from kvtune.seen import Fold as Fold
 from kvtune.seen import Seen as Seen
 from kvtune.seen import joined
+from kvtune.view import View as View
 
 SEARCH = "search"  # the value that opens a setting in a template
 OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
@@ -130,14 +131,14 @@ class Projection(Codec):
 
 
 class Selector(Part):
-    """Scores which tokens win."""
+    """Scores which tokens win; `share` of those that leave the window do."""
 
     kind = "selector"
+    share: Annotated[float, OneOf(tuple(n / 20 for n in range(1, 21)))] = 0.2
 
     @abstractmethod
-    def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """Returns scores [B, H, T] in fp32 of keys and values [B,
-        H, T, D], larger = keep; queries [B, Hq, W, D]."""
+    def score(self, view: View) -> Tensor:
+        """Returns scores [B, H, T] of a view's tokens, in float32 at least, larger = keep."""
 
 
 class Merger(Part):
@@ -147,8 +148,7 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, won: Tensor, lost: Tensor) -> Tensor:
-        """Returns won [B, H, T, D] with lost [B, H, L, D] folded
-        in; without losers it is the identity."""
+        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in; as it is without losers."""
 
 
 class Sharer(Part):
