@@ -18,13 +18,13 @@ LONGEST = 350
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
     "errors haystack owners halving",
-    "discovery files goal knapsack marks placement rope spans bench.cases bench.clock",
+    "discovery files goal knapsack marks placement rope seen spans bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
     "intervals leases models pages policy table bench.kernels",
     "attention recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
-    "growth layer profile speed",
+    "growth kvtuner layer profile speed",
     "heads",
     "cache",
     "answers bank lm_eval scores surrogate bench.decode",
