@@ -23,6 +23,7 @@ def build() -> typer.Typer:
         bench_search,
         calibrate,
         doctor,
+        fit,
         methods,
         recipe,
         report,
@@ -42,6 +43,7 @@ def build() -> typer.Typer:
     add(app, tune.tune, "tune")
     add(app, calibrate.calibrate, "calibrate")
     add(app, search.search, "search")
+    add(app, fit.fit, "fit")
     add(app, apply.apply, "apply")
     add(app, report.report, "report")
     recipes = typer.Typer(help="Read, check, compare and import recipes; no model is loaded.")
