@@ -80,6 +80,7 @@ class Codec(Part):
     """Encodes keys or values [B, H, T, D] into fewer bytes and back."""
 
     kind = "codec"
+    fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
     linear: ClassVar[bool] = False  # what it stores is a linear map of what it is given: its `fold`
 
     @property
@@ -100,13 +101,13 @@ class Codec(Part):
         """The map of a linear codec, on the device of its tensors (the CPU without any)."""
         raise NotImplementedError(f"{self.name()} is not linear")
 
-    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """The tensors that `fit` finds and that encode and decode read, by name; axis 0 is the kv
-        heads. They stand in the site as "METHOD.NAME"."""
+    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """The tensors that `fit` finds and that encode and decode read, without data; axis 0 is
+        the kv heads. They stand in the site as "METHOD.NAME"."""
         return {}
 
     def fit(self, seen: Seen) -> dict[str, Tensor]:
-        """Finds the tensors of `shapes` from what calibration saw."""
+        """Finds the tensors of `blanks` from what calibration saw."""
         return {}
 
     @abstractmethod
@@ -220,12 +221,12 @@ class Chain:
             found = own if found is None else joined(found, own)
         return found
 
-    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """The fitted tensors of all codecs, named "METHOD.NAME"."""
+    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
         return {
-            f"{codec.name()}.{name}": shape
+            f"{codec.name()}.{name}": x
             for codec in self.codecs
-            for name, shape in codec.shapes(heads, head_dim).items()
+            for name, x in codec.blanks(heads, head_dim).items()
         }
 
     def encode(self, x: Tensor, site: Site) -> Encoded:

@@ -1,7 +1,7 @@
 """The public ops of the runtime: packing, group quantisation
 and attention over [B, H, T, D] tensors; Triton or plain torch."""
 
-from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window
+from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window, plane_table
 from kvtune_kernels.launch import (
     Workspace,
     append,
@@ -29,6 +29,7 @@ __all__ = [
     "encode",
     "encode_into",
     "implementation",
+    "plane_table",
     "runs_triton",
     "say_once",
     "unsupported",

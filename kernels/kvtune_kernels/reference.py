@@ -8,6 +8,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvtune_kernels.formats import PAGE, Exact, Format, Packed, Window
+from kvtune_kernels.groups import (
+    dequantize,
+    dequantize_planes,
+    quantize,
+    quantize_planes,
+    quantize_symmetric,
+)
 
 
 def packed_width(width: int, bits: int) -> int:
@@ -136,80 +143,55 @@ def unpack_pages(pages: Tensor, bits: int, keys: bool) -> Tensor:
     return (codes if keys else codes.transpose(-1, -2)).flatten(2, 3)
 
 
-def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises each group x [..., G, N] over its axis -2:
-    codes [..., G, N], scale and zero [..., 1, N].
-
-    x is about codes * scale + zero. The minimum is subtracted first and all arithmetic is fp32:
-    with the usual round(min / scale) zero point, channels with a large constant offset lose bits
-    (Qwen2.5's key biases). Scale and zero are float16 whatever the dtype of x, since bfloat16 would
-    cost eight times the rounding; zero is rounded down and scale up, so no value is ever clipped.
-    """
-    limit = torch.finfo(torch.float16).max
-    wide = (x if x.dtype == torch.float64 else x.float()).clamp(-limit, limit)
-    low, high = wide.aminmax(dim=-2, keepdim=True)
-    zero = low.half()
-    zero = torch.where(zero.to(wide.dtype) > low, _next(zero, up=False), zero)
-    # a product, since torch divides by a number in one way on a CPU and in another on a GPU
-    step = (high - zero) * (1 / (2**bits - 1))
-    scale = step.half()
-    scale = torch.where(scale.to(wide.dtype) < step, _next(scale, up=True), scale)
-    # a constant group: all codes are 0
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = ((wide - zero) * (1 / scale.to(wide.dtype))).round_().clamp_(0, 2**bits - 1)
-    return codes.to(torch.uint8), scale, zero
-
-
-def _next(x: Tensor, up: bool) -> Tensor:
-    """The next float16 above, of numbers that are not negative, or below.
-
-    By its bits: of sums that should do the same a GPU's compiler may leave out a rounding.
-    """
-    bits = x.view(torch.int16)
-    if up:
-        return (bits + 1).view(torch.float16)
-    beyond = torch.where(
-        bits == 0, -(2**15) + 1, bits + 1
-    )  # a negative number's bits grow downwards
-    return torch.where(bits > 0, bits - 1, beyond.to(torch.int16)).view(torch.float16)
-
-
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns codes * scale + zero, computed in fp32; the shapes broadcast."""
-    return torch.addcmul(zero.float(), codes.float(), scale.float()).to(dtype)
-
-
-def encode(x: Tensor, format: Format, keys: bool) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor, format: Format, keys: bool, planes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Encodes x [B, H, T, D], T a multiple of the format's block: codes and metadata of `Packed`.
 
-    Metadata is a line [2 * D] for each group of tokens, or a page [2 * D / group * PAGE] with the
-    tokens of one group of channels side by side.
+    Metadata is a line [2 * C] for each group of tokens, or a page [2 * D / group * PAGE] with the
+    tokens of one group of channels side by side; symmetric pages hold scales alone, half as many.
+    `planes` [H, C] as in `formats.plane_table`, for a format that tells its channels.
     """
-    if format.per_token:
+    if format.symmetric:
+        codes, scale = quantize_symmetric(x.unflatten(-1, (-1, format.group)), format.bits)
+        meta = scale.flatten(3).unflatten(2, (-1, PAGE)).transpose(3, 4).flatten(3)
+        codes = codes.flatten(3)
+    elif format.per_token:
         lines = x.unflatten(-1, (-1, format.group, 1))
         codes, scale, zero = quantize(lines, format.bits)
         pair = torch.stack([scale, zero], -1).flatten(3, 5)  # [B, H, T, D / group, 2]
         meta = pair.unflatten(2, (-1, PAGE)).transpose(3, 4).flatten(3)
         codes = codes.flatten(3)
     else:
-        codes, scale, zero = quantize(x.unflatten(2, (-1, format.group)), format.bits)
+        groups = x.unflatten(2, (-1, format.group))
+        found = quantize(groups, format.bits) if planes is None else quantize_planes(groups, planes)
+        codes, scale, zero = found
         meta = torch.stack([scale, zero], -1).flatten(3)
         codes = codes.flatten(2, 3)
     return pack_pages(codes, format.bits, keys), meta
 
 
-def decode(packed: Packed, keys: bool, dtype: torch.dtype) -> Tensor:
-    """Inverse of `encode`, up to rounding: [B, H, T, D]."""
+def decode(packed: Packed, keys: bool, dtype: torch.dtype, dim: int = 0) -> Tensor:
+    """Inverse of `encode`, up to rounding: [B, H, T, D]. Planes do not tell D: give it as `dim`."""
     format = packed.format
     codes = unpack_pages(packed.codes, format.bits, keys)
-    pair = packed.meta.unflatten(-1, (-1, 2))
     if format.per_token:
         groups = codes.shape[-1] // format.group
-        scale, zero = pair.unflatten(3, (groups, PAGE)).transpose(3, 4).flatten(2, 3).unbind(-1)
         grouped = codes.unflatten(-1, (groups, -1))
-        return dequantize(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), dtype).flatten(3)
-    scale, zero = pair.unsqueeze(3).unbind(-1)
-    return dequantize(codes.unflatten(2, (-1, format.group)), scale, zero, dtype).flatten(2, 3)
+        pair = packed.meta.unflatten(-1, (groups, PAGE, -1))  # [B, H, pages, groups, PAGE, *]
+        pair = pair.transpose(3, 4).flatten(2, 3)
+        if format.symmetric:
+            # in fp32: half a float16 scale may be no float16
+            scale = pair.float()
+            zero = scale * (-(2**format.bits - 1) / 2)
+        else:
+            scale, zero = (x.unsqueeze(-1) for x in pair.unbind(-1))
+        return dequantize(grouped, scale, zero, dtype).flatten(3)
+    scale, zero = packed.meta.unflatten(-1, (-1, 2)).unsqueeze(3).unbind(-1)
+    grouped = codes.unflatten(2, (-1, format.group))
+    if packed.planes is None:
+        return dequantize(grouped, scale, zero, dtype).flatten(2, 3)
+    return dequantize_planes(grouped, scale, zero, packed.planes, dim).to(dtype).flatten(2, 3)
 
 
 def append(
@@ -233,7 +215,8 @@ def append(
             if due > closed:
                 tokens = torch.arange(closed, due, device=held.device)
                 x = held[b : b + 1, :, window.sinks + (tokens - exact.shift) % ring]
-                store(packed, *encode(x, packed.format, is_keys), closed, row=b)
+                made = encode(x, packed.format, is_keys, packed.planes)
+                store(packed, *made, closed, row=b)
         state[:, b] = torch.tensor([seen + 1, due, due])
 
 
@@ -287,7 +270,7 @@ def dense_row(
     slots = window.sinks + (tokens - exact.shift) % ring
     sides = []
     for packed, held, is_keys in ((keys, exact.keys, True), (values, exact.values, False)):
-        pages = decode(cut(packed, paged, row), is_keys, torch.float32)
+        pages = decode(cut(packed, paged, row), is_keys, torch.float32, held.shape[-1])
         own = held[row : row + 1].float()
         sides.append(torch.cat([own[:, :, :sinks], pages, own[:, :, slots]], 2))
     return sides[0], sides[1]
@@ -297,9 +280,8 @@ def cut(packed: Packed, tokens: int, row: int | None = None) -> Packed:
     """The first tokens, a multiple of the block, of all rows or one row: views."""
     rows = slice(None) if row is None else slice(row, row + 1)
     lines = tokens // (PAGE if packed.format.per_token else packed.format.group)
-    return Packed(
-        packed.codes[rows, :, : tokens // PAGE], packed.meta[rows, :, :lines], packed.format
-    )
+    codes, meta = packed.codes[rows, :, : tokens // PAGE], packed.meta[rows, :, :lines]
+    return packed._replace(codes=codes, meta=meta)
 
 
 def attend(
