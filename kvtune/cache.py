@@ -171,7 +171,8 @@ def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> t
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
     layer = make_layer(policy, sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim)))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
-    layer.fill(x, x.clone())
+    got = torch.empty(x.shape[:3], device="meta")
+    layer.fill(x, x.clone(), got if "attention" in policy.needs else None)
     return layer.side_bytes
 
 

@@ -75,6 +75,11 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
             f"Layers {closed[0]} list their heads in a template, which searches layers as a whole.",
             'Write heads = "search" there, or leave the heads out.',
         )
+    if selecting := [own.span for own in template.layers if own.select is not None]:
+        raise UsageError(
+            f"Layers {selecting[0]} select tokens in a template, which searches codecs only.",
+            "Leave select out there, or measure such recipes with `kvtune bench tiers`.",
+        )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
     layers = {i: template.layers[owner[i]] for i in known.compressible()}
     sides = {

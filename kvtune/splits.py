@@ -1,4 +1,4 @@
-"""Splits: how the tokens that leave a window part into those that win and the rest, head by head."""
+"""Splits: how the tokens that leave a window part into those that win and those that do not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parted(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
     Of equal scores the later token wins.
     """
-    order = score.shape[-1] - 1 - score.flip(-1).argsort(-1, descending=True, stable=True)
+    order = score.shape[-1] - 1 - score.flip(-1).argsort(dim=-1, descending=True, stable=True)
     return order[..., :kept].sort(-1).values, order[..., kept:].sort(-1).values
 
 

@@ -17,13 +17,14 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "errors haystack owners halving",
+    "errors haystack owners halving splits view",
     "discovery files goal knapsack marks placement rope seen spans bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
     "intervals leases models pages policy table turning bench.kernels",
     "attention fitted recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
+    "tiers",
     "growth kvtuner layer profile speed",
     "fit heads",
     "cache",
