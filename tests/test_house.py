@@ -33,7 +33,7 @@ FLOORS = (
     "distortion layout prices prove",
     "baseline calibrate front search",
     "publish suite",
-    "bench bench.trials tune",
+    "bench bench.tiers bench.trials tune",
     "bench.duel bench.scaling bench.whole",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.spectra",
@@ -49,7 +49,7 @@ FLOORS = (
     "cli.gates cli.plan cli.report cli.reports cli.run",
     "cli.checks",
     "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search cli.tune",
-    "cli.bench_search",
+    "cli.bench_search cli.bench_tiers",
     "cli",
     "__main__",
 )

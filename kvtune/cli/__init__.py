@@ -21,6 +21,7 @@ def build() -> typer.Typer:
         apply,
         bench,
         bench_search,
+        bench_tiers,
         calibrate,
         doctor,
         fit,
@@ -56,7 +57,7 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    for name, work in {**bench.VERBS, **bench_search.VERBS}.items():
+    for name, work in {**bench.VERBS, **bench_search.VERBS, **bench_tiers.VERBS}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)
     add(app, doctor.doctor, "doctor")
