@@ -173,8 +173,7 @@ class Retriever(Part):
 
     @abstractmethod
     def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
-        """Returns unit indices [B, H, U] to fetch for queries [B,
-        Hq, M, D] and unit digests [B, H, N, *]."""
+        """Returns unit indices [B, H, U] for queries [B, Hq, M, D] and digests [B, H, N, *]."""
 
 
 class Encoded(NamedTuple):
@@ -320,8 +319,7 @@ def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
 
 
 def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
-    """All values that a setting's mark (OneOf, Between, or a
-    Literal type) allows; ValueError without one."""
+    """All values that a setting's mark (OneOf, Between, Literal) allows; ValueError without."""
     field = cls.model_fields.get(name)
     if field is None:
         raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")

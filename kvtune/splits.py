@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def smallest(share: float, kept_block: int, rest_block: int) -> Split:
-    """The smallest split near a share (0 to 1) whose parts fill whole blocks of both tiers.
+    """The split with the smallest rest near a share (0 to 1), in whole blocks of both tiers.
 
     Every block is split alike, so the length of a tier depends on nothing but a position.
     """

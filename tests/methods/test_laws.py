@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvtune import parts
 from kvtune.models import ropes
-from kvtune.parts import Code, Codec, Part, Site, legal_values
+from kvtune.parts import Code, Codec, Part, Selector, Site, View, legal_values
 from kvtune.rope import Rope
+from kvtune.view import received
 
 HEAD_DIMS = (64, 128, 256, 16)
 MOST = 64  # settings in full product; a method with more is varied one setting at a time
@@ -59,9 +60,12 @@ KINDS = {name: parts.find(name) for name in parts.names()}
 ALL = [part for kind in KINDS.values() for part in settings(kind)]
 CODECS = [part for part in ALL if isinstance(part, Codec) and home(part)]
 
+SELECTORS = [part for part in ALL if isinstance(part, Selector)]
+
 every_method = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_part = pytest.mark.parametrize("part", ALL, ids=str)
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
+every_selector = pytest.mark.parametrize("selector", SELECTORS, ids=str)
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def error(codec: Codec, site: Site, x: Tensor) -> float:
 
 @every_method
 def test_a_method_is_of_a_kind_that_has_laws_here(kind: type[Part]) -> None:
-    assert issubclass(kind, Codec), f"write the laws of a {kind.kind} into this file"
+    assert issubclass(kind, Codec | Selector), f"write the laws of a {kind.kind} into this file"
 
 
 @every_method
@@ -288,3 +292,59 @@ def test_a_constant_and_an_outlier_are_kept_in_bounds(codec: Codec, place: Any) 
         assert back.isfinite().all()
         torch.testing.assert_close(back[0, 0], x[0, 0], atol=0.05, rtol=0.05)
         assert back.abs().max() <= 1.1e4
+
+
+def seen(dtype: torch.dtype = torch.float32) -> View:
+    """Returns 40 tokens [2, 3, 40, 64] and the attention that two query heads of each paid them."""
+    keys, values = torch.randn(2, 2, 3, 40, 64, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(2, 6, 40, 64, generator=torch.Generator().manual_seed(1))
+    query[..., 0], keys[..., 7, 0] = 9.0, 9.0  # all queries look at token 7
+    keys, values, query = keys.to(dtype), values.to(dtype), query.to(dtype)
+    return View(keys, values, received(query, keys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_selector
+def test_a_selector_scores_every_token_of_every_head(
+    selector: Selector, dtype: torch.dtype
+) -> None:
+    score = selector.score(seen(dtype))
+    assert score.shape == (2, 3, 40)
+    assert score.dtype == torch.float32
+    assert score.isfinite().all()
+    assert torch.equal(score, selector.score(seen(dtype))), "it is repeatable"
+    assert 0 < selector.share <= 1
+
+
+@every_selector
+def test_a_selector_leaves_its_view_as_it_is(selector: Selector) -> None:
+    view = seen()
+    selector.score(view)
+    for one, two in zip(view, seen(), strict=True):
+        assert one is not None and two is not None
+        assert torch.equal(one, two)
+
+
+@every_selector
+def test_a_selector_keeps_rows_and_heads_apart(selector: Selector) -> None:
+    view = seen()
+    other = View(*(None if x is None else x.clone() for x in view))
+    for x in other:
+        if x is not None:
+            x[1, 2] = x[1, 2].flip(0) + 1
+    same = (selector.score(view) == selector.score(other)).all(-1)
+    same[1, 2] = True
+    assert same.all()
+
+
+@every_selector
+def test_scores_without_data_have_the_shape_of_those_with_data(selector: Selector) -> None:
+    """Bytes are foretold on tensors without data."""
+    bare = selector.score(View(*(None if x is None else x.to("meta") for x in seen())))
+    assert bare.is_meta
+    assert bare.shape == selector.score(seen()).shape
+
+
+@pytest.mark.parametrize("selector", [s for s in SELECTORS if "attention" in s.needs], ids=str)
+def test_what_gets_most_attention_wins(selector: Selector) -> None:
+    assert (selector.score(seen()).argmax(-1) == 7).all()
