@@ -196,7 +196,7 @@ def _check_plain(recipe: Recipe, where: str) -> None:
     """Checks what the field types cannot say: file names, spans, finite evidence."""
     if recipe.artifact and not _FILE_NAME.fullmatch(recipe.artifact.file):
         raise IntegrityError(
-            f"{where}: artifact.file {recipe.artifact.file!r} is not a plain file name."
+            f"{where}: artifact.file {_brief(recipe.artifact.file)!r} is not a plain file name."
         )
     if problem := _unfit(recipe.measured):
         raise IntegrityError(f"{where}: [measured] holds {problem}.")
