@@ -173,7 +173,7 @@ class Retriever(Part):
 
     @abstractmethod
     def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
-        """Returns unit indices [B, H, U] for queries [B, Hq, M, D] and digests [B, H, N, *]."""
+        """Returns units [B, H, U] to fetch of queries [B, Hq, M, D] by digests [B, H, N, *]."""
 
 
 class Encoded(NamedTuple):
@@ -185,8 +185,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Codecs applied left to right; decoding runs right to
-    left. The empty chain stores 16-bit values as they are."""
+    """Codecs, left to right; decoding runs right to left. An empty chain keeps what it is given."""
 
     codecs: tuple[Codec, ...] = ()
 
@@ -230,11 +229,11 @@ class Chain:
 
     def encode(self, x: Tensor, site: Site) -> Encoded:
         """Encodes x [B, H, T, D]; T is a multiple of `block`."""
-        sides = []
+        sides, dtype = [], x.dtype
         for codec in self.codecs:
             x, side = codec.encode(x, site)
             sides.append(side)
-        return Encoded(x, tuple(sides))
+        return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))
 
     def decode(self, code: Encoded, site: Site) -> Tensor:
         """Returns [B, H, T, D]."""

@@ -18,10 +18,11 @@ LONGEST = 350
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
     "errors haystack owners halving splits view",
-    "discovery files goal knapsack marks placement rope seen spans bench.cases bench.clock",
+    "discovery files goal knapsack marks orthogonal placement rope seen spans",
+    "bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
-    "entries intervals leases models pages table turning bench.kernels",
+    "entries intervals leases levels models pages planes table turning turns bench.kernels",
     "policy",
     "attention fitted recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
@@ -49,7 +50,8 @@ FLOORS = (
     "cli.front cli.generate cli.suite cli.job cli.junit cli.markdown cli.verb",
     "cli.gates cli.plan cli.report cli.reports cli.run",
     "cli.checks",
-    "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search cli.tune",
+    "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search",
+    "cli.tune",
     "cli.bench_search cli.bench_tiers",
     "cli",
     "__main__",
