@@ -75,6 +75,22 @@ def test_what_selects_nothing_or_takes_no_such_share_is_refused(
     assert "0.33 is not one of 0.05, 0.1" in said.told
 
 
+def test_what_is_fitted_wants_a_profile(kv: Any, words: list[str | Path], tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    fitted = '[{ use = "balance" }, { use = "affine", bits = 2, group = "head" }]'
+    plain = '[{ use = "affine", bits = 2, group = "head" }]'
+    file.write_text(RECIPE.replace(f"rest.keys = {plain}", f"rest.keys = {fitted}"))
+    said = kv(*words, "--recipe", file, "--shares", "20%")
+    assert said.code == 2
+    assert "balance reads tensors that are fitted to a profile" in said.told
+    folder = tmp_path / "run"
+    run = kv("calibrate", *words[2:], "-o", folder, "--template", "search-kivi")
+    assert run.code == 0, run.err
+    found = kv.json(*words, "--recipe", file, "--shares", "20%", "--profile", folder)
+    assert found["ok"], found["error"]
+    assert "balance() > affine" in found["data"]["rows"][0]["rest"]
+
+
 def test_only_layers_that_select_change(llama: Any) -> None:
     policies = recipes.loads(RECIPE).policies(facts(llama.config))
     other = shared(policies, 0.5, drop=True)

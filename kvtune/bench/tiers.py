@@ -11,9 +11,11 @@ from kvtune.bank import Sizes, build, text_tokens
 from kvtune.cache import weigh
 from kvtune.calibrate import Say, quiet
 from kvtune.errors import UsageError
+from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import Facts, facts, ropes
-from kvtune.parts import Chain, Selector
+from kvtune.parts import Selector
+from kvtune.profile import Profile
 from kvtune.prove import interval
 from kvtune.recipe import Policy, Recipe
 from kvtune.texts import Document
@@ -43,24 +45,28 @@ def rows(
     recipe: Recipe,
     sizes: Sizes,
     shares: Sequence[float],
+    profile: Profile | None = None,
     say: Say = quiet,
 ) -> list[Row]:
     """Measures a recipe whose layers select tokens at several shares, against dropping.
 
     Each share is measured with the recipe's rest tier, with the rest dropped, and with dropping at
-    the smallest legal share that takes no fewer bytes than the recipe.
+    the smallest legal share that takes no fewer bytes than the recipe. Codecs that read fitted
+    tensors are fitted to the profile.
 
     Raises:
         MissingInputError: too little text.
-        UsageError: a recipe without a selector and a rest tier, or a share that it does not take.
+        UsageError: a recipe without a selector and a rest tier, or a share that it does not take;
+        codecs to fit, and no profile.
     """
     known = facts(model.config)
     policies = recipe.policies(known)
-    _check(recipe, policies)
+    _check(recipe, policies, profile)
     cases = [case for share in shares for case in _cases(policies, known, share, sizes.context)]
     tokens = text_tokens(documents, tokenizer, sizes, "search")
     needs = frozenset[str]().union(*(policy.needs for policy in policies))
-    bench = Bench(model, build(model, tokens, sizes.context, needs=needs), ropes(model))
+    bank = build(model, tokens, sizes.context, needs=needs)
+    bench = Bench(model, bank, ropes(model), Fitter(profile).layer if profile else None)
     found = []
     for done, (share, rest, policies) in enumerate(cases):
         say("bench", done, len(cases))
@@ -72,19 +78,18 @@ def rows(
     return found
 
 
-def _check(recipe: Recipe, policies: Policies) -> None:
+def _check(recipe: Recipe, policies: Policies, profile: Profile | None) -> None:
     if not any(policy.select and policy.rest for policy in policies):
         raise UsageError(
             f"{recipe.name or 'The recipe'} selects no tokens, or stores no rest.",
             "Give --recipe mikv, or a recipe with `select` and `rest`.",
         )
-    if odd := [c.name() for policy in policies for chain in policy.chains for c in fitted(chain)]:
-        raise UsageError(f"{odd[0]} reads fitted tensors, which this bench does not fit.")
-
-
-def fitted(chain: Chain) -> list[parts.Codec]:
-    """The codecs of a chain that read fitted tensors."""
-    return [codec for codec in chain.codecs if codec.fits]
+    codecs = [codec for policy in policies for chain in policy.chains for codec in chain.codecs]
+    if profile is None and (odd := [codec.name() for codec in codecs if codec.fits]):
+        raise UsageError(
+            f"{odd[0]} reads tensors that are fitted to a profile.",
+            "Run: kvtune calibrate MODEL, and give --profile FILE.",
+        )
 
 
 def _cases(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +20,10 @@ Shares = Annotated[
     str, typer.Option(metavar="SHARE,...", help="Of the tokens that leave the window, kept.")
 ]
 Applied = Annotated[str, typer.Option("--recipe", help="What selects, and stores the rest.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="FILE", help="What fitted codecs are fitted to."),
+]
 
 
 def tiers(
@@ -29,6 +34,7 @@ def tiers(
     continuation: Continuation = 64,
     recipe: Applied = "mikv",
     shares: Shares = "10%,20%,35%,50%",
+    profile: ProfileFile = None,
     output: File = None,
 ) -> None:
     """Compare a recipe's rest tier with dropping tokens at equal bytes, under the same selector."""
@@ -40,13 +46,14 @@ def tiers(
     from kvtune.recipe import load
     from kvtune.shipped import find
 
+    fitted_to = _profile(profile) if profile else None
     found = [amounts.share(word) for word in shares.split(",")]
     applied = load(find(recipe))
     loaded, tokenizer = open_model(out, model, where)
     check_length(facts(loaded.config), text.context, continuation)
     documents = read_texts(text, where)["search"]
     sizes = Sizes(text.sequences, text.context, continuation)
-    measured = rows(loaded, tokenizer, documents, applied, sizes, found, out.say)
+    measured = rows(loaded, tokenizer, documents, applied, sizes, found, fitted_to, out.say)
     ran_on = environment(loaded.device)
     out.data |= {"model": model, "recipe": recipe, "context": text.context}
     out.data |= {"rows": [asdict(row) for row in measured], **ran_on}
@@ -62,6 +69,14 @@ def tiers(
         f"{', '.join(ran_on.values())}",
     )
     write(output, out)
+
+
+def _profile(path: Path) -> Any:
+    """A profile, or that of a run folder."""
+    from kvtune import runs
+    from kvtune.profile import Profile
+
+    return Profile.load(path / runs.PROFILE if path.is_dir() else path)
 
 
 VERBS: dict[str, Callable[..., None]] = {"tiers": tiers}
