@@ -38,11 +38,24 @@ def _tables(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
         raise ValueError('expected a list of parts such as [{ use = "affine", bits = 4 }]')
     for table in value:
+        if parts.ANY in table:
+            _alternatives(table)
+            continue
         first = next(parts.choices(table))
         if not isinstance(first, Codec):
             kind = "nothing" if first is None else f"a {first.kind}"
             raise ValueError(f"{table.get('use')} is {kind}; keys and values take codecs")
     return tuple(dict(table) for table in value)
+
+
+def _alternatives(table: Mapping[str, Any]) -> None:
+    lists = table[parts.ANY]
+    if len(table) > 1 or not isinstance(lists, list | tuple) or not lists:
+        raise ValueError('expected any = [[{ use = "affine" }], ...], lists of parts, alone')
+    for tables in lists:
+        if isinstance(tables, list | tuple) and any(parts.ANY in own for own in tables):
+            raise ValueError("an alternative holds parts, not alternatives of its own")
+        _tables(tables)
 
 
 def _selection(value: Any) -> Any:

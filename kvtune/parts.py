@@ -25,6 +25,7 @@ from kvtune.view import View as View
 
 SEARCH = "search"  # the value that opens a setting in a template
 OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
+ANY = "any"  # the key of a table that stands in a template for one of several lists of parts
 Table = dict[str, Setting]
 
 
@@ -293,7 +294,7 @@ def parse(table: Mapping[str, Any]) -> Part:
 
 def is_open(table: Mapping[str, Any]) -> bool:
     """True when a table leaves a setting, or whether its part is there, to a search."""
-    return OPTIONAL in table or SEARCH in table.values()
+    return OPTIONAL in table or ANY in table or SEARCH in table.values()
 
 
 def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:

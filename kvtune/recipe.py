@@ -16,7 +16,7 @@ from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
-from kvtune.parts import OPTIONAL, SEARCH, Codec, Selector
+from kvtune.parts import ANY, OPTIONAL, SEARCH, Codec, Selector
 from kvtune.policy import LayerPolicy as LayerPolicy
 from kvtune.policy import Policy as Policy
 from kvtune.policy import Tier as Tier
@@ -51,7 +51,11 @@ def _codecs_schema() -> dict[str, Any]:
             branch["properties"] = {**own, **fields}
             branch["required"] = ["use"]
             branches.append(branch)
-    return {"type": "array", "items": {"oneOf": branches}}
+    one = {"oneOf": branches}
+    several = {"type": "array", "minItems": 1, "items": {"type": "array", "items": one}}
+    either: dict[str, Any] = {"type": "object", "properties": {ANY: several}, "required": [ANY]}
+    either["additionalProperties"] = False
+    return {"type": "array", "items": {"oneOf": [*branches, either]}}
 
 
 def _selectors_schema() -> dict[str, Any]:

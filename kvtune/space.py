@@ -118,17 +118,24 @@ def _fitting(
     tables: Sequence[dict[str, Any]], head_dim: int, side: Side, layer: int
 ) -> tuple[Chain, ...]:
     fits, reason = [], ""
-    for codecs in itertools.product(*(list(parts.choices(table)) for table in tables)):
-        chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
-        try:
-            chain.check(head_dim, side)
-        except ValueError as error:
-            reason = str(error)
-        else:
-            fits.append(chain)
+    for own in _alternatives(tables):
+        for codecs in itertools.product(*(list(parts.choices(table)) for table in own)):
+            chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
+            try:
+                chain.check(head_dim, side)
+            except ValueError as error:
+                reason = str(error)
+            else:
+                fits.append(chain)
     if not fits:
         raise UsageError(f"No setting of layer {layer}'s {side} fits the model: {reason}.")
     return tuple(dict.fromkeys(fits))
+
+
+def _alternatives(tables: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """All lists of tables that a list with alternatives (`any = [[...], [...]]`) stands for."""
+    each = [table.get(parts.ANY, [[table]]) for table in tables]
+    return [list(itertools.chain.from_iterable(lists)) for lists in itertools.product(*each)]
 
 
 def to_recipe(policies: dict[int, Policy], layers: int, **fields: Any) -> Recipe:
