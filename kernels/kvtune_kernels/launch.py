@@ -55,11 +55,26 @@ def unsupported(
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
     for format in formats:
+        if reason := _unreadable(format, head_dim):
+            return reason
         if format.bits == 3 and head_dim % 32:
             return f"3 bits need a head_dim that is a multiple of 32, not {head_dim}"
         whole = format.per_token and format.group == head_dim
         if not whole and format.group & (format.group - 1):
             return f"group {format.group} is no power of two"
+    return None
+
+
+def _unreadable(format: Format, head_dim: int) -> str | None:
+    """The same of planes and of symmetric codes."""
+    if format.channels:
+        if format.bits != 2 or format.symmetric or format.per_token:
+            return "planes have affine codes of 2 bits per channel"
+        if format.channels % 16 or format.channels > 4 * head_dim:
+            most = f"a multiple of 16 up to {4 * head_dim}"
+            return f"{format.channels} channels of planes are not {most}"
+    if format.symmetric and (not format.per_token or format.bits == 8):
+        return "symmetric codes are 2, 3 or 4 bits per token"
     return None
 
 
@@ -87,25 +102,39 @@ def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | No
     """
     if x.shape[2] == 0:
         return
-    if not runs_triton(x.shape[-1], x.dtype, x.device, packed.format):
-        return reference.store(packed, *reference.encode(x, packed.format, keys), first, row)
-    bits, group, per_token = packed.format
+    format, planes = packed.format, packed.planes
+    if not runs_triton(x.shape[-1], x.dtype, x.device, format):
+        return reference.store(packed, *reference.encode(x, format, keys, planes), first, row)
+    bits, group, per_token, channels, symmetric = format
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows = slice(None) if row is None else slice(row, row + 1)
-    codes, meta = packed.codes[rows].view(torch.uint16), packed.meta[rows].view(torch.uint32)
+    codes, meta = packed.codes[rows].view(torch.uint16), words(packed)[rows]
     batch, heads, tokens, dim = x.shape
     wide = triton.next_power_of_2(dim)
     # groups of tokens stand alone, and so do neighbouring lanes: small programs hide their waiting
-    apart = keys and not per_token and dim == wide > 32
-    block = group if apart else packed.format.block
+    apart = keys and not per_token and (dim == wide > 32 or channels > 0)
+    block = group if apart else format.block
     parts = 2 if apart and bits != 3 and group * dim >= 1 << 14 else 1
+    parts = plane_parts(format) or parts
     packing.encode[(tokens // block * parts, batch * heads)](
-        x, codes, meta, *x.stride()[:3], *codes.stride()[:2], *meta.stride()[:2],
-        first // block, first, 1, heads, KEYS=keys, BITS=bits, GROUP=group, PER_TOKEN=per_token,
-        BLOCK=block, D=dim, D2=wide, PARTS=parts, RING=False, ASM=not portable(),
+        x, x if planes is None else planes, codes, meta, *x.stride()[:3], *codes.stride()[:2],
+        *meta.stride()[:2], first // block, first, 1, heads, KEYS=keys, BITS=bits, GROUP=group,
+        PER_TOKEN=per_token, C=channels, SYMMETRIC=symmetric, BLOCK=block, D=dim, D2=wide,
+        PARTS=parts, RING=False, ASM=not portable(),
         num_warps=2 if group * dim // parts <= 1 << 12 else 4,
     )  # fmt: skip
     return None
+
+
+def words(packed: Packed) -> Tensor:
+    """Metadata as kernels load it: scale and zero together as uint32, or scales as uint16."""
+    return packed.meta.view(torch.uint16 if packed.format.symmetric else torch.uint32)
+
+
+def plane_parts(format: Format) -> int:
+    """Into how many parts the lanes of planes are cut to encode them; 0 without planes."""
+    wide = triton.next_power_of_2(format.channels) if format.channels else 0
+    return min(wide // 16, max(1, format.group * wide >> 13))
 
 
 class Workspace:
@@ -150,15 +179,15 @@ def append(
         return reference.append(key, value, exact, keys, values, next_state, window)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     sides = (
-        keys.codes.view(torch.uint16), keys.meta.view(torch.uint32),
-        values.codes.view(torch.uint16), values.meta.view(torch.uint32),
+        keys.codes.view(torch.uint16), words(keys), values.codes.view(torch.uint16), words(values),
     )  # fmt: skip
     strided = (key, value, exact.keys, exact.values, *sides)
     appending.append[(2, batch * heads)](
-        *strided, state, next_state, *(step for x in strided for step in x.stride()[:2]),
-        *turned(exact, window), batch, heads, *keys.format, *values.format,
-        *window, D=dim, D2=triton.next_power_of_2(dim), ASM=not portable(),
-        num_warps=4,
+        *strided, state if keys.planes is None else keys.planes, state, next_state,
+        *(step for x in strided for step in x.stride()[:2]),
+        *turned(exact, window), batch, heads, *keys.format, plane_parts(keys.format) or 1,
+        *values.format[:3], values.format.symmetric, *window, D=dim,
+        D2=triton.next_power_of_2(dim), ASM=not portable(), num_warps=4,
     )  # fmt: skip
     return None
 
@@ -195,21 +224,22 @@ def attend_packed(
     out, lse = workspace.partial(batch * query_heads * count * parts, dim, query.device)
     wide = triton.next_power_of_2(dim)
     strided = (
-        keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32),
-        exact.keys, exact.values,
+        keys.codes, words(keys), values.codes, words(values), exact.keys, exact.values,
     )  # fmt: skip
     launch = functools.partial(
         paged.attend_split[(parts, batch * heads, blocks)],
-        query, *strided, state, workspace.lanes(query.device), out, lse,
+        query, *strided, state if keys.planes is None else keys.planes, state,
+        workspace.lanes(query.device), out, lse,
         dim**-0.5 if scale is None else scale, *query.stride()[:3],
         *(step for x in strided for step in x.stride()[:2]),
         *turned(exact, window), batch, heads, share, count, splits, first,
         N=columns, MASKED=count > 1, D=dim, D2=wide,
         K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
+        CHANNELS=keys.format.channels, K_SYMMETRIC=keys.format.symmetric,
         V_BITS=values.format.bits, V_GROUP=values.format.group,
-        V_PER_TOKEN=values.format.per_token, SINKS=window.sinks, RECENT=window.recent,
-        BLOCK=window.block, CAP=softcap or 0.0, STAGES=stages(keys.format, values.format),
-        EARLY=early(query.device), num_warps=warps(wide, columns),
+        V_PER_TOKEN=values.format.per_token, V_SYMMETRIC=values.format.symmetric,
+        SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
+        STAGES=stages(keys.format, values.format), EARLY=early(query.device), num_warps=warps(wide, columns),
     )  # fmt: skip
     if portable() or not in_order(launch(ASM=True)):
         launch(ASM=False)
