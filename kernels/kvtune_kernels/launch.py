@@ -239,7 +239,8 @@ def attend_packed(
         V_BITS=values.format.bits, V_GROUP=values.format.group,
         V_PER_TOKEN=values.format.per_token, V_SYMMETRIC=values.format.symmetric,
         SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
-        STAGES=stages(keys.format, values.format), EARLY=early(query.device), num_warps=warps(wide, columns),
+        STAGES=stages(keys.format, values.format), EARLY=early(query.device),
+        num_warps=warps(wide, columns),
     )  # fmt: skip
     if portable() or not in_order(launch(ASM=True)):
         launch(ASM=False)
