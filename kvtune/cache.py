@@ -17,11 +17,10 @@ from transformers.cache_utils import Cache
 from kvtune import recipe as recipes
 from kvtune.attention import NAME
 from kvtune.errors import IntegrityError
+from kvtune.fitted import blanks, check, sites
 from kvtune.heads import make_layer
 from kvtune.layer import CompressedLayer, Shared
 from kvtune.models import Facts, facts, fingerprint, places, ropes
-from kvtune.pages import MakeSite
-from kvtune.parts import Site
 from kvtune.placement import input_device
 from kvtune.policy import Policy
 from kvtune.recipe import Recipe
@@ -71,23 +70,6 @@ class CompressedCache(Cache):
         return sum(_nbytes(layer) for layer in self.layers)
 
 
-def sites(
-    layer: int, rope: Rope | None, tensors: Mapping[str, Tensor]
-) -> tuple[MakeSite, MakeSite]:
-    """What makes the Sites of a layer: of its keys, and of its values."""
-
-    def maker(side: Any) -> MakeSite:
-        prefix = f"layer.{layer}.{side}."
-        own = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        return lambda positions, dtype: Site(layer, side, positions, dtype, rope, own)
-
-    return maker("keys"), maker("values")
-
-
 def _nbytes(layer: Any) -> int:
     if isinstance(layer, CompressedLayer):
         return layer.nbytes
@@ -112,8 +94,10 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
         path = Path(recipe)
         recipe, folder = recipes.load(path), path if path.is_dir() else path.parent
     check_model(recipe, model, force)
-    policies = recipe.policies(facts(model.config))
+    known = facts(model.config)
+    policies = recipe.policies(known)
     tensors = _tensors(recipe, folder, model)
+    check(tensors, policies, known)
     needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
     cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
     if not all(policy.is_dense for policy in policies):
@@ -169,25 +153,36 @@ class Weight(NamedTuple):
 def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int = 1) -> Weight:
     """Counts bytes by running the shipping path on tensors
     without data, so that no formula can drift from it."""
-    stored = dense = 0
+    stored = dense = fixed = 0
     for policy, layer in zip(policies, known.layers, strict=True):
         length = context if layer.window is None else min(context, layer.window - 1)
         full = 4 * layer.kv_heads * layer.head_dim * length
         dense += full
         sides = layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
         stored += full if policy.is_dense else sum(sides)
+        fixed += sum(fitted_bytes(policy, layer.kv_heads, layer.head_dim))
     bits = [policies[i].payload_bits for i in known.compressible()]
     payload = sum(bits) / max(1, len(bits))
-    return Weight(stored * batch, dense * batch, payload)
+    return Weight(stored * batch + fixed, dense * batch, payload)
 
 
 @lru_cache(8192)  # layers are alike, and so are most of the policies of a search
 def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
-    layer = make_layer(policy, sites(0, _NO_ROPE, {}))
+    layer = make_layer(policy, sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim)))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
     layer.fill(x, x.clone())
     return layer.side_bytes
+
+
+def fitted_bytes(policy: Policy, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """Bytes of the tensors that a layer's keys, and values, are read with, whatever the batch."""
+    found = blanks(0, policy, kv_heads, head_dim)
+    keys, values = (
+        sum(x.nbytes for name, x in found.items() if name.startswith(f"layer.0.{side}."))
+        for side in ("keys", "values")
+    )
+    return keys, values
 
 
 _NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from kvtune import prices
 from kvtune.bank import Bank, Sizes, build, text_tokens
 from kvtune.distortion import distortions
 from kvtune.errors import UnsupportedError
+from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import facts, fingerprint, label, ropes
-from kvtune.moments import Moments, attention_mass
+from kvtune.moments import Moments, attention_mass, pulled
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy, Recipe
 from kvtune.rope import Rope
 from kvtune.space import SIDES, Choices, opened
 from kvtune.texts import Document, digest
 
+FITTED = 32768  # tokens that fits are made for, where the model takes as many
 Say = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -55,13 +58,22 @@ def calibrate(
     say("dense pass", 0, 1)
     bank = build(model, tokens, sizes.context, observe=moments.observe)
     say("dense pass", 1, 1)
-    bench = Bench(model, bank, known_ropes)
-    tensors = {**moments.tensors(), **attention_mass(bank)}
+    found = prices.pulls(model, bank, seed)
+    known = bank.facts
+    tensors = {
+        **moments.tensors(min(known.max_positions, FITTED)),
+        **pulled(
+            {i: (pull.out, pull.gradient) for i, pull in found.items()},
+            {i: known.layers[i].kv_heads for i in found},
+        ),
+        **attention_mass(bank),
+    }
+    layers = list(known.compressible())
+    fitter = Fitter(Profile((), _kept(tensors), {"layers": layers}))
+    bench = Bench(model, bank, known_ropes, fitter.layer)
     cells = price_cells(windows)
     began = time.perf_counter()
-    priced = prices.table(
-        bench, _places(cells), prices.pulls(model, bank, seed), _stage(say, "pricing")
-    )
+    priced = prices.table(bench, _places(cells), found, _stage(say, "pricing"))
     seconds = {"price": time.perf_counter() - began}
     tensors |= {"prices": priced[:, 0], "prices_by_head": priced[:, 1:]}
     tensors["errors"] = _errors(bench, next(iter(windows.values())), say)
@@ -75,12 +87,17 @@ def calibrate(
         "text": digest(documents),
         "sizes": list(sizes),
         "seed": seed,
+        "layers": layers,
+        "facts": asdict(known),
         "pre_rope": bool(known_ropes),
         "seconds": seconds,
     }
-    return Profile(
-        tuple(cell for cell, _ in cells), {k: v.cpu().float() for k, v in tensors.items()}, meta
-    )
+    return Profile(tuple(cell for cell, _ in cells), _kept(tensors), meta)
+
+
+def _kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, in 32 bits but for samples: what a profile holds, and fits are made of."""
+    return {name: x.cpu() if "samples." in name else x.cpu().float() for name, x in tensors.items()}
 
 
 def find_ropes(model: Any) -> dict[int, Rope]:
@@ -142,7 +159,7 @@ def priced_further(
 ) -> Profile:
     """Returns the profile with more cells priced on another
     bank (a template that calibrate did not know)."""
-    bench = Bench(model, bank, find_ropes(model))
+    bench = Bench(model, bank, find_ropes(model), Fitter(profile).layer)
     more = (
         prices.table(
             bench, _places(missing), prices.pulls(model, bank, seed), _stage(say, "pricing")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +18,19 @@ from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
-from kvtune.cache import sites
 from kvtune.errors import ResourceError
+from kvtune.fitted import sites
 from kvtune.fused import FusedRows, serves
 from kvtune.heads import HeadedLayer, make_layer, picked
 from kvtune.layer import CompressedLayer
+from kvtune.pages import MakeSite, narrowed
 from kvtune.parts import Chain
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
 
 MEMO_BYTES = 400 << 20
+Fit = Callable[[int, Policy], Mapping[str, Tensor]]  # layer, policy -> the tensors that it reads
 Held = Side | FusedRows  # what is memoised: one side of some heads; both where kernels store them
 
 
@@ -79,8 +81,14 @@ class Bench:
     changes one side of a layer encodes that side alone.
     """
 
-    def __init__(self, model: Any, bank: Bank, ropes: dict[int, Rope] | None = None) -> None:
-        self.model, self.bank, self._ropes = model, bank, ropes or {}
+    def __init__(
+        self,
+        model: Any,
+        bank: Bank,
+        ropes: dict[int, Rope] | None = None,
+        fit: Fit | None = None,
+    ) -> None:
+        self.model, self.bank, self._ropes, self._fit = model, bank, ropes or {}, fit
         self._memo: OrderedDict[tuple[Any, ...], Held] = OrderedDict()
         self._held = 0
 
@@ -166,7 +174,13 @@ class Bench:
         return layer
 
     def _empty(self, layer: int, policy: Policy) -> CompressedLayer:
-        return make_layer(policy, sites(layer, self._ropes.get(layer), {}))
+        return make_layer(policy, self._sites(layer, policy))
+
+    def _sites(self, layer: int, policy: Policy) -> tuple[MakeSite, MakeSite]:
+        tensors = self._fit(layer, policy) if self._fit else {}
+        device = self.bank.keys[layer].device
+        moved = {name: x.to(device) for name, x in tensors.items()}
+        return sites(layer, self._ropes.get(layer), moved)
 
     def _memoised(self, layer: int, policy: Policy) -> CompressedLayer:
         """As `filled`, from what is memoised: a copy-on-write twin of it."""
@@ -186,7 +200,8 @@ class Bench:
             whole = self._kept((layer, heads, policy), lambda: self._fused(layer, heads, policy))
             assert isinstance(whole, FusedRows)
             return whole.fork()
-        makers = sites(layer, self._ropes.get(layer), {})
+        own, every = self._sites(layer, policy), tuple(range(self.bank.keys[layer].shape[1]))
+        makers = own if heads == every else (narrowed(own[0], heads), narrowed(own[1], heads))
         sides: list[Side] = []
         for name, x, maker in zip(("keys", "values"), (keys, values), makers, strict=True):
             chain: Chain = getattr(policy, name)

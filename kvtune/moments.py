@@ -1,18 +1,23 @@
-"""Second moments and attention statistics of a model's cache, summed while the bank is built."""
+"""Second moments, samples and attention statistics of a model's cache, as the bank is built."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from kvtune import turning
 from kvtune.bank import Bank
 from kvtune.rope import Rope
 
+SAMPLED = 16  # tokens of each context that are kept as they are
+SIDES = ("keys", "values", "queries")
+
 
 class Moments:
-    """Sums of x and of x x^T per layer and kv head, in float64:
+    """Sums of x and of x x^T per layer and kv head, in float64, and some x as they are:
     of pre-RoPE keys and queries, and of values.
 
     Query heads are summed over the kv head that they share. Without a rope (None) keys and queries
@@ -23,6 +28,7 @@ class Moments:
         self._ropes = ropes
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
         self._counts: dict[tuple[str, int], int] = defaultdict(int)
+        self._samples: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Adds one context: query [B, Hq, T, D], keys and values
@@ -30,8 +36,15 @@ class Moments:
         positions = torch.arange(keys.shape[2], device=keys.device)
         if rope := self._ropes.get(layer):
             query, keys = rope.unturn(query, positions), rope.unturn(keys, positions)
-        grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        for side, x in (("keys", keys), ("values", values), ("queries", grouped)):
+        grouped = query.unflatten(1, (keys.shape[1], -1))
+        picked = _picked(keys.shape[2])
+        some = torch.stack(
+            [grouped[:, :, i % grouped.shape[2], t] for i, t in enumerate(picked)], 2
+        )
+        self._samples["queries", layer].append(some)
+        self._samples["keys", layer].append(keys[:, :, picked])
+        self._samples["values", layer].append(values[:, :, picked])
+        for side, x in (("keys", keys), ("values", values), ("queries", grouped.flatten(2, 3))):
             self._add((side, layer), x.double())
 
     def _add(self, place: tuple[str, int], x: Tensor) -> None:
@@ -41,17 +54,76 @@ class Moments:
         held[0] += first
         held[1] += second
 
-    def tensors(self) -> dict[str, Tensor]:
-        """`moments.SIDE` [L, H, D, D] and `means.SIDE` [L, H, D] in
-        fp32, layers in ascending order."""
+    def tensors(self, context: int) -> dict[str, Tensor]:
+        """What was seen, layers in ascending order, for caches of up to `context` tokens.
+
+        `moments.SIDE` [L, H, D, D], `means.SIDE` [L, H, D] and `samples.SIDE` [L, H, n, D] are
+        pre-RoPE. `cached.*` are the same of keys and queries as they are cached and asked, over all
+        positions of a context, and `facing.queries` is the moment of queries as pre-RoPE keys see
+        them: turned back by the position of the key.
+        """
+        layers = sorted({layer for _, layer in self._sums})
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for layer in layers:
+            for name, x in self._of(layer, context).items():
+                found[name].append(x.cpu())  # layers may live on different devices
+        return {
+            name: torch.stack(rows).half() if "samples" in name else torch.stack(rows).float()
+            for name, rows in found.items()
+        }
+
+    def _of(self, layer: int, context: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for side in ("keys", "values", "queries"):
-            places = sorted(place for place in self._sums if place[0] == side)
-            for name, index in (("means", 0), ("moments", 1)):
-                # on the CPU: layers may live on different devices
-                rows = [(self._sums[own][index] / self._counts[own]).cpu() for own in places]
-                found[f"{name}.{side}"] = torch.stack(rows).float()
+        for side in SIDES:
+            first, second = self._sums[side, layer]
+            count = self._counts[side, layer]
+            found |= {f"means.{side}": first / count, f"moments.{side}": second / count}
+            found[f"samples.{side}"] = _joined(self._samples[side, layer])
+        if rope := self._ropes.get(layer):
+            found |= _cached(found, rope, context)
         return found
+
+
+def _cached(found: Mapping[str, Tensor], rope: Rope, context: int) -> dict[str, Tensor]:
+    queries = turning.moment(rope, found["moments.queries"], context)
+    return {
+        "cached.means.keys": turning.mean(rope, found["means.keys"], context),
+        "cached.moments.keys": turning.moment(rope, found["moments.keys"], context),
+        "cached.moments.queries": queries,
+        "cached.samples.keys": turning.sample(rope, found["samples.keys"], context),
+        "cached.samples.queries": turning.sample(rope, found["samples.queries"], context),
+        "facing.queries": turning.moment(rope, queries, context, inverse=True),
+    }
+
+
+def pulled(
+    pulls: Mapping[int, tuple[Tensor, Tensor]], kv_heads: Mapping[int, int]
+) -> dict[str, Tensor]:
+    """Second moments [L, H, D, D] of attention outputs and of likelihood's pull at them, and some
+    outputs [L, H, n, D], from both [N, Hq, M, D] of each layer; query heads as in `Moments`."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for layer in sorted(pulls):
+        for name, x in zip(("outputs", "pulls"), pulls[layer], strict=True):
+            grouped = x.double().unflatten(1, (kv_heads[layer], -1)).transpose(0, 1).flatten(1, 3)
+            moment = grouped.transpose(1, 2) @ grouped / grouped.shape[1]
+            found[f"moments.{name}"].append(moment.cpu())
+            if name == "outputs":
+                step = -(-grouped.shape[1] // (8 * SAMPLED))
+                found["samples.outputs"].append(grouped[:, ::step].cpu())
+    return {
+        name: torch.stack(rows).half() if "samples" in name else torch.stack(rows).float()
+        for name, rows in found.items()
+    }
+
+
+def _picked(length: int) -> list[int]:
+    """Where a context is sampled: evenly, its first tokens left out where it is long enough."""
+    count = min(SAMPLED, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return torch.cat(rows).transpose(0, 1).flatten(1, 2)  # [H, N * n, D]
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ MakeSite = Callable[[Tensor, torch.dtype], Site]  # positions [T], dtype -> site
 
 def narrowed(make: MakeSite, heads: tuple[int, ...]) -> MakeSite:
     """The sites of some kv heads: fitted tensors have the kv heads along axis 0."""
-    own = list(heads)
+    own: dict[str, Tensor] = {}
 
     def made(positions: Tensor, dtype: torch.dtype) -> Site:
         site = make(positions, dtype)
-        return replace(site, tensors={name: x[own] for name, x in site.tensors.items()})
+        if site.tensors and not own:  # once, so that what is derived of them is kept too
+            own.update({name: x[list(heads)] for name, x in site.tensors.items()})
+        return replace(site, tensors=own)
 
     return made
 

@@ -79,6 +79,7 @@ class Codec(Part):
     """Encodes keys or values [B, H, T, D] into fewer bytes and back."""
 
     kind = "codec"
+    fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
     linear: ClassVar[bool] = False  # what it stores is a linear map of what it is given: its `fold`
 
     @property
@@ -99,13 +100,13 @@ class Codec(Part):
         """The map of a linear codec, on the device of its tensors (the CPU without any)."""
         raise NotImplementedError(f"{self.name()} is not linear")
 
-    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """The tensors that `fit` finds and that encode and decode read, by name; axis 0 is the kv
-        heads. They stand in the site as "METHOD.NAME"."""
+    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """The tensors that `fit` finds and that encode and decode read, without data; axis 0 is
+        the kv heads. They stand in the site as "METHOD.NAME"."""
         return {}
 
     def fit(self, seen: Seen) -> dict[str, Tensor]:
-        """Finds the tensors of `shapes` from what calibration saw."""
+        """Finds the tensors of `blanks` from what calibration saw."""
         return {}
 
     @abstractmethod
@@ -172,8 +173,7 @@ class Retriever(Part):
 
     @abstractmethod
     def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
-        """Returns unit indices [B, H, U] to fetch for queries [B,
-        Hq, M, D] and unit digests [B, H, N, *]."""
+        """Returns units [B, H, U] to fetch of queries [B, Hq, M, D] by digests [B, H, N, *]."""
 
 
 class Encoded(NamedTuple):
@@ -185,8 +185,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Codecs applied left to right; decoding runs right to
-    left. The empty chain stores 16-bit values as they are."""
+    """Codecs, left to right; decoding runs right to left. An empty chain keeps what it is given."""
 
     codecs: tuple[Codec, ...] = ()
 
@@ -220,21 +219,21 @@ class Chain:
             found = own if found is None else joined(found, own)
         return found
 
-    def shapes(self, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """The fitted tensors of all codecs, named "METHOD.NAME"."""
+    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
         return {
-            f"{codec.name()}.{name}": shape
+            f"{codec.name()}.{name}": x
             for codec in self.codecs
-            for name, shape in codec.shapes(heads, head_dim).items()
+            for name, x in codec.blanks(heads, head_dim).items()
         }
 
     def encode(self, x: Tensor, site: Site) -> Encoded:
         """Encodes x [B, H, T, D]; T is a multiple of `block`."""
-        sides = []
+        sides, dtype = [], x.dtype
         for codec in self.codecs:
             x, side = codec.encode(x, site)
             sides.append(side)
-        return Encoded(x, tuple(sides))
+        return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))
 
     def decode(self, code: Encoded, site: Site) -> Tensor:
         """Returns [B, H, T, D]."""

@@ -19,7 +19,7 @@ from kvtune.parts import Chain
 from kvtune.space import Side
 from kvtune.tensors import Artifact
 
-FORMAT, UNSEALED = 2, 1  # what is written, and what was before there were seals
+FORMAT, UNSEALED = 3, 1  # what is written, and what was before there were seals
 SEAL = "seal"
 
 
@@ -40,8 +40,9 @@ class Profile:
 
     prices [cells] and prices_by_head [cells, H] in nats; exact [cells] where `--exact` was asked;
     errors [layers, key settings, value settings, 4] are KVTuner's e_k, e_v, e_a, e_o;
-    moments.{keys,values,queries} [L, H, D, D] and means [L, H, D] of pre-RoPE keys and queries and
-    of values; mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    moments.{keys,values,queries} [L, H, D, D], means [L, H, D] and samples [L, H, n, D] of pre-RoPE
+    keys and queries and of values, cached.* as they are cached (see `moments`), moments.outputs and
+    moments.pulls of attention; mass.{sinks,recent,entropy,coverage90} [L, Hq].
     """
 
     cells: tuple[Cell, ...]
@@ -85,7 +86,7 @@ class Profile:
             again = "Delete it and run: kvtune calibrate MODEL"
             raise IntegrityError(f"{path} has changed since it was written.", again)
         version, cells = meta.pop("profile", None), meta.pop("cells", None)
-        if version not in (UNSEALED, FORMAT) or not isinstance(cells, list):
+        if version not in range(UNSEALED, FORMAT + 1) or not isinstance(cells, list):
             raise IntegrityError(
                 f"{path} is not a profile of format {FORMAT}.", "Run: kvtune calibrate MODEL"
             )

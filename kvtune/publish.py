@@ -15,6 +15,7 @@ from kvtune.cache import Weight, weigh
 from kvtune.calibrate import find_ropes
 from kvtune.errors import ResourceError
 from kvtune.files import write_atomic
+from kvtune.fit import Fitter, copy, fitted, ship
 from kvtune.front import (
     Candidate,
     Point,
@@ -70,7 +71,7 @@ class Publisher:
         self.known: Facts = facts(model.config)
 
     def prove(
-        self, rows: list[Row], layout: Layout, bank: Bank
+        self, rows: list[Row], layout: Layout, bank: Bank, fitter: Fitter
     ) -> tuple[list[Point], list[dict[str, Any]]]:
         """Measures the study's front on text that neither calibration nor search saw, and writes
         the recipes that no other measured one, uniform ones included, beats there.
@@ -78,7 +79,8 @@ class Publisher:
         Returns the proved points, and all that was measured, as plain tables.
         """
         most = self.settings.points
-        bench = Bench(self.model, bank, find_ropes(self.model))
+        bench = Bench(self.model, bank, find_ropes(self.model), fitter.layer)
+        self.fitter = fitter
         chosen = worth_measuring(rows, layout, 2 * most)
         measured: list[Candidate] = []
         for done, (origin, base) in enumerate(chosen, 1):
@@ -126,13 +128,12 @@ class Publisher:
         within = [i for i, point in enumerate(points) if point.proof.kl <= self.settings.max_kl]
         chosen = min(within, key=lambda i: points[i].proof.bytes) if within else 0
         tables = [point.table() for point in points]
-        source = (self.folder / points[chosen].file).read_bytes()
         target = self.folder / runs.CHOSEN
         write_atomic(
             target / "README.md",
             runs.card(f"{label(self.name)}-kv", label(self.name), tables, chosen, command).encode(),
         )
-        write_atomic(target / RECIPE_FILE, source)
+        copy(self.folder / points[chosen].file, target / RECIPE_FILE)
         summary = {
             "points": tables,
             "chosen": chosen,
@@ -173,7 +174,7 @@ class Publisher:
             model=self._model_binding(),
             measured=evidence,
         )
-        recipe.save(self.folder / file)
+        ship(recipe, fitted(candidate.policies, self.fitter), self.folder / file)
         return point
 
     def _model_binding(self) -> ModelBinding:

@@ -89,8 +89,9 @@ def read_summary(folder: Path, bound: str) -> dict[str, Any] | None:
 
 def clear_front(folder: Path) -> None:
     """Removes an earlier front's recipes."""
-    for stale in (folder / FRONT).glob("*.toml"):
-        stale.unlink()
+    for pattern in ("*.toml", "*.safetensors"):
+        for stale in (folder / FRONT).glob(pattern):
+            stale.unlink()
 
 
 def card(

@@ -36,18 +36,20 @@ class Seen:
     weight: Tensor  # [H, D, D]
     sample: Tensor  # [H, n, D], some tokens
     read: Tensor  # [H, D, D], second moment of what reads this side: queries, or attention's output
+    readers: Tensor  # [H, m, D], some of those
     is_keys: bool = True
 
     def behind(self, fold: Fold) -> Seen:
         """The same as a codec after a linear one sees it."""
         turn, back = fold.turn.double(), fold.back.double()
-        other = back if self.is_keys else turn.transpose(-1, -2)
+        other = back.transpose(-1, -2) if self.is_keys else turn
         return Seen(
             torch.einsum("hd,hde->he", self.mean - fold.shift.double(), turn),
             turn.transpose(-1, -2) @ self.covariance @ turn,
             back @ self.weight @ back.transpose(-1, -2),
             (self.sample.double() - fold.shift.double()[:, None]) @ turn,
-            other @ self.read @ other.transpose(-1, -2),
+            other.transpose(-1, -2) @ self.read @ other,
+            self.readers.double() @ other,
             self.is_keys,
         )
 

@@ -16,6 +16,7 @@ from kvtune.calibrate import calibrate, find_ropes, missing_cells, priced_furthe
 from kvtune.commons import sole
 from kvtune.errors import IntegrityError, UsageError
 from kvtune.files import sweep
+from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import Facts, facts, fingerprint
 from kvtune.profile import Profile
@@ -83,7 +84,7 @@ class Tuner:
         own = (self.model, self.texts, self.folder, self.name, self.settings, self.speed, self.say)
         publisher = Publisher(*own)
         with self._timed("prove"):
-            points, measured = publisher.prove(rows, self.layout, self._bank("proof"))
+            points, measured = publisher.prove(rows, self.layout, self._bank("proof"), self.fitter)
         if not points:
             raise UsageError("The search found no feasible recipe.", "Give more --trials.")
         found = {"held_out": measured, "search": self._said(rows), "stages": self.seconds}
@@ -151,13 +152,15 @@ class Tuner:
 
     def search(self, profile: Profile) -> list[Row]:
         """All rows of the study, within the limits; settings without a price are priced first."""
-        bench = Bench(self.model, self._bank("search"), find_ropes(self.model))
+        fitter = Fitter(profile)
+        bench = Bench(self.model, self._bank("search"), find_ropes(self.model), fitter.layer)
         if missing := missing_cells(profile, self.windows):
             seed = self.settings.seed
             profile = priced_further(self.model, bench.bank, profile, missing, seed, self.say)
         goal = self.settings.goal
         search = Search(bench, profile, self.windows, goal, self.limits, self.speed)
         self.searched, self.layout, self.growth = search, search.layout, search.growth
+        self.fitter = fitter
         rows = search.run(
             self.settings.seed,
             on_trial=lambda row, total: self.say("trials", min(row.number + 1, total), total),
@@ -205,7 +208,7 @@ class Tuner:
             "seed": self.settings.seed,
         }
         same = all(held.meta.get(name) == value for name, value in wanted.items())
-        return same and not missing_cells(held, self.windows)
+        return same and "facts" in held.meta and not missing_cells(held, self.windows)
 
 
 def predicted_well(rows: list[Row]) -> float | None:

@@ -23,6 +23,7 @@ def build() -> typer.Typer:
         bench_search,
         calibrate,
         doctor,
+        fit,
         methods,
         recipe,
         report,
@@ -42,11 +43,16 @@ def build() -> typer.Typer:
     add(app, tune.tune, "tune")
     add(app, calibrate.calibrate, "calibrate")
     add(app, search.search, "search")
+    add(app, fit.fit, "fit")
     add(app, apply.apply, "apply")
     add(app, report.report, "report")
-    recipes = typer.Typer(help="Read, check and compare recipes; no model is loaded.")
+    recipes = typer.Typer(help="Read, check, compare and import recipes; no model is loaded.")
     for name, work in recipe.VERBS.items():
         add(recipes, work, name, f"recipe.{name}")
+    imports = typer.Typer(help="Make recipes of what other projects publish.")
+    for name, work in recipe.IMPORTS.items():
+        add(imports, work, name, "recipe.import")
+    recipes.add_typer(imports, name="import", no_args_is_help=True)
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")

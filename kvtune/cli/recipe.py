@@ -1,8 +1,9 @@
-"""kvtune recipe: read, check and compare recipes without loading a model."""
+"""kvtune recipe: read, check, compare and import recipes without loading a model."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvtune.cli import amounts, spelled
-from kvtune.cli.options import Count, RecipeName
+from kvtune.cli.options import USUAL_KL, Count, RecipeName
 from kvtune.cli.output import Output
 from kvtune.errors import IntegrityError, MissingInputError
 
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 
 Layers = Annotated[
     int | None, typer.Option(min=1, help="Layers to spell out when no recipe names a model; 32.")
+]
+
+Preset = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        show_default=False,
+        help="KVTuner's YAML of bits for each layer; its name tells model and mode.",
+    ),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="kivi or pertoken, when the file's name does not say it."),
+]
+Written = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Write the recipe here; it is printed when left out."
+    ),
 ]
 
 
@@ -112,6 +132,36 @@ def list_(out: Output) -> None:
     out.print(table)
 
 
+def kvtuner_yaml(out: Output, file: Preset, output: Written = None, mode: Mode = None) -> None:
+    """Make a recipe of a per-layer or per-head preset of KVTuner (arXiv:2502.04420)."""
+    from kvtune.kvtuner import read
+
+    preset = read(file, mode)
+    made = preset.recipe()
+    out.data |= {
+        "source": str(file),
+        "recipe": str(output) if output else None,
+        "name": made.name,
+        "description": made.description,
+        "model": preset.model,
+        "mode": preset.mode,
+        "layers": len(preset.layers),
+        "per_head": preset.per_head,
+        "payload_bits": preset.payload_bits,
+        "toml": made.dumps(),
+    }
+    if output is None:
+        out.note(made.description)
+        out.print(made.dumps().removesuffix("\n"))
+        return
+    made.save(output)
+    spans = [{"span": entry.span, **spelled.policy(entry)} for entry in made.layers]
+    out.print(made.description, _spans(spans))
+    out.print(f"Written to {output}. It is bound to no model, so prove it on yours:")
+    proof = ["kvtune", "apply", str(output), "--model", "MODEL", "--max-kl", str(USUAL_KL)]
+    out.print(shlex.join(proof))
+
+
 VERBS: dict[str, Callable[..., None]] = {
     "show": show,
     "check": check,
@@ -119,6 +169,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "schema": schema,
     "list": list_,
 }
+IMPORTS: dict[str, Callable[..., None]] = {"kvtuner-yaml": kvtuner_yaml}
 
 
 def _read(argument: str) -> tuple[Path, Recipe]:

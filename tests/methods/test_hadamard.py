@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvtune import parts
-from kvtune.methods.hadamard import Hadamard, paley
+from kvtune.methods.hadamard import Hadamard
+from kvtune.orthogonal import paley
 from kvtune.parts import Chain, Codec, Site
 
 SIZES = (1, 2, 12, 16, 20, 24, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320)
@@ -84,9 +85,9 @@ def test_outlying_channels_cost_less_after_the_turn(size: int) -> None:
     assert turned < 0.5 * plain
 
 
-def test_a_turned_chain_is_read_in_plain_torch() -> None:
+def test_a_turned_chain_has_the_format_of_its_codes() -> None:
     codes = {"use": "affine", "bits": 4, "group": "head", "axis": "token"}
     assert chain(codes).format(64) is not None
-    assert chain({"use": "hadamard"}, codes).format(64) is None
+    assert chain({"use": "hadamard"}, codes).format(64) == chain(codes).format(64)
     assert chain({"use": "hadamard"}, codes).payload_bits == 4
     assert Hadamard().payload_bits == 16

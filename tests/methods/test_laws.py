@@ -5,98 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from method_cases import ALL, CODECS, DTYPES, KINDS, draw, home, marked, settings
 from torch import Tensor
 
 from kvtune import parts
-from kvtune.models import ropes
-from kvtune.parts import Code, Codec, Part, Site, legal_values
-from kvtune.rope import Rope
-
-HEAD_DIMS = (64, 128, 256, 16)
-MOST = 64  # settings in full product; a method with more is varied one setting at a time
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def marked(kind: type[Part]) -> dict[str, tuple[Any, ...]]:
-    """Returns the legal values of each setting that has a mark."""
-    found = {}
-    for name in kind.model_fields:
-        try:
-            found[name] = legal_values(kind, name)
-        except ValueError:
-            continue  # without a mark it cannot be searched, and keeps its default
-    return found
-
-
-def settings(kind: type[Part]) -> list[Part]:
-    """Returns the default and the legal variants of a method."""
-    legal = marked(kind)
-    full = list(itertools.product(*legal.values()))
-    if len(full) <= MOST:
-        varied = [dict(zip(legal, values, strict=True)) for values in full]
-    else:
-        varied = [{name: value} for name, values in legal.items() for value in values]
-    return list(dict.fromkeys([kind(), *(kind(**chosen) for chosen in varied)]))
-
-
-def home(part: Part) -> tuple[int, str] | None:
-    """Returns the first head size and side that a part fits, if there is one."""
-    for dim, side in itertools.product(HEAD_DIMS, ("keys", "values")):
-        try:
-            part.check(dim, side)
-        except ValueError:
-            continue
-        return dim, side
-    return None
-
-
-KINDS = {name: parts.find(name) for name in parts.names()}
-ALL = [part for kind in KINDS.values() for part in settings(kind)]
-CODECS = [part for part in ALL if isinstance(part, Codec) and home(part)]
+from kvtune.parts import Code, Codec, Part, Site
 
 every_method = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_part = pytest.mark.parametrize("part", ALL, ids=str)
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
-
-
-@pytest.fixture
-def rope_of(model_of: Any) -> Any:
-    """Returns the rotary embedding of a real model of a head size."""
-
-    @cache
-    def make(dim: int) -> Rope:
-        return ropes(model_of("llama", head_dim=dim, num_hidden_layers=1))[0]
-
-    return make
-
-
-@pytest.fixture
-def place(rope_of: Any) -> Any:
-    """Returns where a codec works: a Site of some tokens."""
-
-    def make(codec: Codec, tokens: int, dtype: torch.dtype = torch.float32) -> Site:
-        found = home(codec)
-        assert found is not None
-        rope = rope_of(found[0]) if "rope" in codec.needs else None
-        side: Any = found[1]
-        return Site(0, side, torch.arange(5, 5 + tokens), dtype, rope)
-
-    return make
-
-
-def draw(codec: Codec, tokens: int, seed: int = 0) -> Tensor:
-    """Returns values [2, 3, T, D] whose channels have scales and offsets of their own."""
-    found = home(codec)
-    assert found is not None
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 3, tokens, found[0], generator=generator)
-    spread, offset = torch.randn(2, 1, 3, 1, found[0], generator=generator)
-    return x * spread.exp() + 4 * offset
 
 
 def tensors(code: Code) -> list[Tensor]:
@@ -206,7 +127,10 @@ def test_encoding_blocks_apart_equals_encoding_them_together(codec: Codec, place
     for index, piece in enumerate(pieces):
         own = slice(index * block, (index + 1) * block)
         alone = codec.decode(piece, replace(site, positions=site.positions[own]))
-        assert torch.equal(alone, back[:, :, own])
+        if codec.linear:  # a product in 32 bits: its last bit may hang on how many there are
+            torch.testing.assert_close(alone, back[:, :, own], rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(alone, back[:, :, own])
 
 
 @every_codec
@@ -242,7 +166,10 @@ def test_shapes_without_data_are_those_with_data(
     """Bytes are foretold on tensors without data."""
     x = draw(codec, 2 * codec.block).to(dtype)
     site = place(codec, x.shape[2], dtype)
-    bare = codec.encode(x.to("meta"), replace(site, positions=site.positions.to("meta")))
+    blank = {f"{codec.name()}.{k}": t for k, t in codec.blanks(3, x.shape[-1]).items()}
+    bare = codec.encode(
+        x.to("meta"), replace(site, positions=site.positions.to("meta"), tensors=blank)
+    )
     for real, shape in zip(tensors(codec.encode(x, site)), tensors(bare), strict=True):
         assert shape.is_meta
         assert (shape.shape, shape.dtype) == (real.shape, real.dtype)
@@ -264,17 +191,36 @@ def neighbours() -> list[Any]:
 def test_the_error_does_not_grow_with_bits(fewer: Codec, more: Codec, place: Any) -> None:
     assert home(fewer) == home(more)
     x = draw(fewer, 2 * math.lcm(fewer.block, more.block))
-    site = place(fewer, x.shape[2])
-    assert error(more, site, x) <= error(fewer, site, x)
+    errors = [error(one, place(one, x.shape[2]), x) for one in (more, fewer)]
+    assert errors[0] <= errors[1]
 
 
 @every_codec
 def test_a_codec_says_what_a_value_costs(codec: Codec, place: Any) -> None:
     assert 0 < codec.payload_bits <= 16
     assert codec.block >= 1
+    if codec.linear:
+        return  # what it hands on is kept in 32 bits until it is coded, or else in 16
     x = draw(codec, 2 * codec.block).to(torch.bfloat16)
     body = codec.encode(x, place(codec, x.shape[2], x.dtype)).body
-    assert 8 * body.nbytes == codec.payload_bits * x.numel()
+    # five ternary codes fill no page of 64 to the last byte
+    assert 8 * body.nbytes == pytest.approx(codec.payload_bits * x.numel(), rel=2e-3)
+
+
+def stored_channels(codec: Codec, site: Site) -> Tensor:
+    """Returns which channels of each head [H, D] have any bits."""
+    found = home(codec)
+    assert found is not None
+    return site.tensors.get(f"{codec.name()}.planes", torch.ones(3, found[0])) > 0
+
+
+@every_codec
+def test_one_token_alone_and_zeros_are_finite(codec: Codec, place: Any) -> None:
+    """A block of one token told again, and nothing at all."""
+    one = draw(codec, 1).expand(-1, -1, codec.block, -1)
+    for x in (one, torch.zeros_like(one)):
+        site = place(codec, codec.block)
+        assert codec.decode(codec.encode(x, site), site).isfinite().all()
 
 
 @every_codec
@@ -286,5 +232,6 @@ def test_a_constant_and_an_outlier_are_kept_in_bounds(codec: Codec, place: Any) 
         site = place(codec, codec.block, dtype)
         back = codec.decode(codec.encode(x.to(dtype), site), site).float()
         assert back.isfinite().all()
-        torch.testing.assert_close(back[0, 0], x[0, 0], atol=0.05, rtol=0.05)
+        kept = stored_channels(codec, site)[0]
+        torch.testing.assert_close(back[0, 0][:, kept], x[0, 0][:, kept], atol=0.05, rtol=0.05)
         assert back.abs().max() <= 1.1e4

@@ -1,0 +1,171 @@
+"""Fit: profile + policies -> the tensors that codecs read (rotations, codebooks, channel sets)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtune.errors import IntegrityError
+from kvtune.models import Facts, LayerFacts
+from kvtune.parts import Chain, Codec, Seen, Site
+from kvtune.policy import Policy
+from kvtune.profile import Profile
+from kvtune.recipe import RECIPE_FILE, ArtifactRef, ModelBinding, Recipe, load
+from kvtune.space import SIDES, Side
+from kvtune.tensors import Artifact
+
+TENSORS_FILE = "kvtune.safetensors"
+Tensors = dict[str, Tensor]
+
+
+class Fitter:
+    """Fits chains to a profile, each once; what it finds depends on profile and settings alone."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._found: dict[tuple[int, Side, Chain], Tensors] = {}
+
+    def layer(self, layer: int, policy: Policy) -> Tensors:
+        """The fitted tensors of a layer, named "layer.3.keys.METHOD.NAME"; axis 0 is the kv heads.
+
+        Where kv heads differ, each has its row from its own chain.
+        """
+        groups = policy.heads or (None,)
+        found: Tensors = {}
+        for side in SIDES:
+            for group in groups:
+                chain: Chain = getattr(policy if group is None else group, side)
+                rows = slice(None) if group is None else list(group.heads)
+                for name, x in self.chain(layer, side, chain).items():
+                    held = found.setdefault(f"layer.{layer}.{side}.{name}", torch.zeros_like(x))
+                    held[rows] = x[rows]
+        return found
+
+    def chain(self, layer: int, side: Side, chain: Chain) -> Tensors:
+        """The fitted tensors of one chain, named "METHOD.NAME".
+
+        Raises:
+            IntegrityError: the profile lacks what a fit needs, or holds no such layer.
+        """
+        if not any(codec.fits for codec in chain.codecs):
+            return {}
+        key = (layer, side, chain)
+        if key not in self._found:
+            self._found[key] = self._fitted(layer, side, chain.codecs)
+        return self._found[key]
+
+    def _fitted(self, layer: int, side: Side, codecs: Sequence[Codec]) -> Tensors:
+        turned = any("rope" in codec.needs for codec in codecs)
+        seen = self.seen(layer, side, pre_rope=turned)
+        found: Tensors = {}
+        for index, codec in enumerate(codecs):
+            own = {f"{codec.name()}.{name}": x for name, x in codec.fit(seen).items()}
+            found |= own
+            if codec.linear and index < len(codecs) - 1:
+                site = Site(layer, side, torch.arange(0), torch.float32, None, found)
+                seen = seen.behind(codec.fold(site, *seen.mean.shape))
+        return found
+
+    def seen(self, layer: int, side: Side, pre_rope: bool = False) -> Seen:
+        """What calibration saw of a side of a layer: of keys as they are cached, or before RoPE."""
+        stem = "" if pre_rope or side == "values" or not self._cached else "cached."
+        mean, second = (self._row(layer, f"{stem}{name}.{side}") for name in ("means", "moments"))
+        reads = "outputs" if side == "values" else "queries"
+        read = self._row(layer, f"{'' if side == 'values' else stem}moments.{reads}")
+        facing = pre_rope and self._cached
+        weight = "facing.queries" if facing else f"{stem}moments.queries"
+        return Seen(
+            mean,
+            second - mean[:, :, None] * mean[:, None],
+            self._row(layer, "moments.pulls" if side == "values" else weight),
+            self._row(layer, f"{stem}samples.{side}"),
+            read,
+            self._row(layer, f"{'' if side == 'values' else stem}samples.{reads}"),
+            side == "keys",
+        )
+
+    @property
+    def _cached(self) -> bool:
+        return "cached.moments.keys" in self._profile.tensors
+
+    def _row(self, layer: int, name: str) -> Tensor:
+        layers = self._profile.meta.get("layers")
+        again = "Run: kvtune calibrate MODEL"
+        if name not in self._profile.tensors or not isinstance(layers, list):
+            raise IntegrityError(f"The profile lacks {name}, which a fit needs.", again)
+        if layer not in layers:
+            raise IntegrityError(f"The profile knows no layer {layer}.", again)
+        return self._profile.tensors[name][layers.index(layer)].double()
+
+
+def fitted(policies: Sequence[Policy], fitter: Fitter) -> Tensors:
+    """The tensors of a whole recipe; none when no codec of it is fitted."""
+    found: Tensors = {}
+    for layer, policy in enumerate(policies):
+        found |= fitter.layer(layer, policy)
+    return found
+
+
+def ship(recipe: Recipe, tensors: Tensors, path: Path) -> Recipe:
+    """Writes a recipe to a file, and its fitted tensors beside it; returns it with their hash."""
+    if tensors:
+        beside = path.with_name(
+            TENSORS_FILE if path.name == RECIPE_FILE else f"{path.stem}.safetensors"
+        )
+        sha256 = Artifact(tensors).save(beside)  # tensors first, the recipe last
+        recipe = recipe.model_copy(
+            update={"artifact": ArtifactRef(file=beside.name, sha256=sha256)}
+        )
+    recipe.save(path)
+    return recipe
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a recipe and its tensors."""
+    recipe = load(source)
+    tensors: Tensors = {}
+    if recipe.artifact:
+        beside = source.with_name(recipe.artifact.file)
+        tensors = Artifact.load(beside, recipe.artifact.sha256).tensors
+    ship(recipe, tensors, target)
+
+
+def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
+    """Returns a recipe bound to the profile's model, and the tensors that its codecs read.
+
+    Raises:
+        IntegrityError: the profile lacks what a fit needs, or the recipe is of another model.
+        UsageError: a template, or settings that do not fit the model.
+    """
+    known = _facts(profile)
+    found = str(profile.meta["fingerprint"])
+    if recipe.model and recipe.model.fingerprint != found:
+        raise IntegrityError(
+            f"The recipe was tuned for {recipe.model.name}; the profile is of another model "
+            f"({found[:19]}...).",
+            "Calibrate that model: kvtune calibrate MODEL",
+        )
+    first = known.layers[known.compressible()[0]]
+    bound = recipe.model or ModelBinding(
+        name=str(profile.meta.get("model", "")),
+        fingerprint=found,
+        architecture=known.architecture,
+        layers=len(known.layers),
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+    )
+    policies = recipe.policies(known)
+    return recipe.model_copy(update={"model": bound}), fitted(policies, Fitter(profile))
+
+
+def _facts(profile: Profile) -> Facts:
+    """What the profile says of its model."""
+    found: Any = profile.meta.get("facts")
+    if not isinstance(found, dict):
+        raise IntegrityError("The profile lacks its model's facts.", "Run: kvtune calibrate MODEL")
+    layers = tuple(LayerFacts(**layer) for layer in found["layers"])
+    return Facts(**{**found, "layers": layers})
