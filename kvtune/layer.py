@@ -232,7 +232,7 @@ class CompressedLayer(CacheLayerMixin):
                 "Prefill in larger chunks, or pad less.",
             )
         if serves(self.policy, keys):
-            rows = FusedRows(self.policy, pads, self._shared.workspace)
+            rows = FusedRows(self.policy, pads, self._shared.workspace, self._sites)
             self._groups.append(Group(list(range(batch)), pads, rows))
             return
         for pad in sorted(set(pads)):

@@ -40,11 +40,9 @@ class Site:
 
 
 class Code(NamedTuple):
-    """What a codec stores: a body [B, H, T', *] that the next
-    codec of a chain may encode further, and its metadata.
+    """What is stored: a body [B, H, T', *], which a chain's next codec may encode, and metadata.
 
-    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by
-    concatenation.
+    Axis 2 of all tensors runs along the tokens, in whole blocks, so pages grow by concatenation.
     """
 
     body: Tensor
@@ -96,6 +94,10 @@ class Codec(Part):
         """The format in which GPU kernels read what is stored; None when they cannot."""
         return None
 
+    def planes(self, site: Site) -> Tensor | None:
+        """The digits of mixed bits, int32 [H, C], that `format` speaks of; None without any."""
+        return None
+
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
         """The map of a linear codec, on the device of its tensors (the CPU without any)."""
         raise NotImplementedError(f"{self.name()} is not linear")
@@ -137,8 +139,7 @@ class Selector(Part):
 
     @abstractmethod
     def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """Returns scores [B, H, T] in fp32 of keys and values [B,
-        H, T, D], larger = keep; queries [B, Hq, W, D]."""
+        """Returns fp32 scores [B, H, T] of [B, H, T, D], larger = keep; queries [B, Hq, W, D]."""
 
 
 class Merger(Part):
@@ -148,8 +149,7 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, won: Tensor, lost: Tensor) -> Tensor:
-        """Returns won [B, H, T, D] with lost [B, H, L, D] folded
-        in; without losers it is the identity."""
+        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in, and itself without losers."""
 
 
 class Sharer(Part):
@@ -205,8 +205,7 @@ class Chain:
         return frozenset[str]().union(*(codec.needs for codec in self.codecs))
 
     def format(self, head_dim: int) -> Format | None:
-        """As that of the codec that ends it, where all before it are linear, so that kernels can
-        fold them into queries and outputs."""
+        """As that of the last codec, where all before it are linear, so that kernels fold them."""
         if not self.codecs or not all(codec.linear for codec in self.codecs[:-1]):
             return None
         return self.codecs[-1].format(head_dim)
@@ -218,6 +217,10 @@ class Chain:
             own = codec.fold(site, heads, head_dim)
             found = own if found is None else joined(found, own)
         return found
+
+    def planes(self, site: Site) -> Tensor | None:
+        """As those of the last codec."""
+        return self.codecs[-1].planes(site) if self.codecs else None
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
@@ -270,8 +273,7 @@ def find(name: str) -> type[Part]:
     """Returns the part that the file `methods/<name>.py` defines.
 
     Raises:
-        UsageError: no such file. Only names of existing files resolve, since recipes come from
-        strangers.
+        UsageError: no such file; only those resolve, since recipes come from strangers.
     """
     found: type[Part] = discovery.find("methods", name, Part, "method", "parts")
     return found
@@ -318,8 +320,7 @@ def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
 
 
 def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
-    """All values that a setting's mark (OneOf, Between, or a
-    Literal type) allows; ValueError without one."""
+    """All values that a setting's mark (or a Literal type) allows; ValueError without one."""
     field = cls.model_fields.get(name)
     if field is None:
         raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")

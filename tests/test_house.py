@@ -23,7 +23,7 @@ FLOORS = (
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
     "intervals leases models pages planes policy levels table turning turns bench.kernels",
-    "attention fitted recipe workers methods.* tasks.* bench.latency",
+    "attention fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
     "growth kvtuner layer profile speed",
     "fit heads",

@@ -43,9 +43,10 @@ def interpreted() -> bool:
 
 
 def unsupported(
-    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format | None
 ) -> str | None:
-    """Says why kernels cannot serve such a cache, or None when they can."""
+    """Says why kernels cannot serve such a cache, or None when they can; formats of keys, then of
+    values, None for one that does not matter."""
     if triton is None:
         return "Triton is not installed"
     if device.type != "cuda" and not interpreted():
@@ -54,8 +55,10 @@ def unsupported(
         return f"head_dim {head_dim} is not a multiple of 16 up to 256"
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
-    for format in formats:
-        if reason := _unreadable(format, head_dim):
+    for side, format in enumerate(formats):
+        if format is None:
+            continue
+        if reason := _unreadable(format, head_dim, side == 0):
             return reason
         if format.bits == 3 and head_dim % 32:
             return f"3 bits need a head_dim that is a multiple of 32, not {head_dim}"
@@ -65,9 +68,11 @@ def unsupported(
     return None
 
 
-def _unreadable(format: Format, head_dim: int) -> str | None:
+def _unreadable(format: Format, head_dim: int, keys: bool) -> str | None:
     """The same of planes and of symmetric codes."""
     if format.channels:
+        if not keys:
+            return "planes are read of keys alone"
         if format.bits != 2 or format.symmetric or format.per_token:
             return "planes have affine codes of 2 bits per channel"
         if format.channels % 16 or format.channels > 4 * head_dim:
@@ -75,10 +80,14 @@ def _unreadable(format: Format, head_dim: int) -> str | None:
             return f"{format.channels} channels of planes are not {most}"
     if format.symmetric and (not format.per_token or format.bits == 8):
         return "symmetric codes are 2, 3 or 4 bits per token"
+    if format.symmetric and keys and head_dim not in (64, 128, 256):
+        return f"keys in symmetric codes need a head_dim of 64, 128 or 256, not {head_dim}"
     return None
 
 
-def runs_triton(head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format) -> bool:
+def runs_triton(
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format | None
+) -> bool:
     """Decides between kernel and reference, and says once why a GPU gets the slow one."""
     choice = _choice.get()
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
@@ -103,7 +112,7 @@ def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | No
     if x.shape[2] == 0:
         return
     format, planes = packed.format, packed.planes
-    if not runs_triton(x.shape[-1], x.dtype, x.device, format):
+    if not runs_triton(x.shape[-1], x.dtype, x.device, *((format,) if keys else (None, format))):
         return reference.store(packed, *reference.encode(x, format, keys, planes), first, row)
     bits, group, per_token, channels, symmetric = format
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -195,18 +204,19 @@ def append(
 def attend_packed(
     query: Tensor, keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window,
     scale: float | None = None, softcap: float | None = None, longest: int = 0,
-    workspace: Workspace | None = None, advance: Tensor | None = None,
+    workspace: Workspace | None = None, advance: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D] over sinks, pages and ring; see `reference.attend_packed`.
 
     One query reads all pages that `state` counts, so none may have closed that it should not see:
     `append` leaves it so. `longest`: the most paged tokens of a row, which the launch is shaped for
     (all capacity when 0).
-    `advance`: a state that takes over `state` when all is read.
+    `advance`: a state that takes over `state` when all is read. `bias` is for softcaps.
     """
     batch, query_heads, count, dim = query.shape
     if not runs_triton(dim, query.dtype, query.device, keys.format, values.format):
-        out = reference.attend_packed(query, keys, values, exact, state, window, scale, softcap)
+        given = (query, keys, values, exact, state, window, scale, softcap, bias)
+        out = reference.attend_packed(*given)
         if advance is not None:
             advance.copy_(state)
         return out
@@ -228,10 +238,10 @@ def attend_packed(
     )  # fmt: skip
     launch = functools.partial(
         paged.attend_split[(parts, batch * heads, blocks)],
-        query, *strided, state if keys.planes is None else keys.planes, state,
-        workspace.lanes(query.device), out, lse,
-        dim**-0.5 if scale is None else scale, *query.stride()[:3],
-        *(step for x in strided for step in x.stride()[:2]),
+        query, *strided, state if keys.planes is None else keys.planes,
+        state if bias is None else bias.contiguous(), state,
+        workspace.lanes(query.device), out, lse, dim**-0.5 if scale is None else scale,
+        *query.stride()[:3], *(step for x in strided for step in x.stride()[:2]),
         *turned(exact, window), batch, heads, share, count, splits, first,
         N=columns, MASKED=count > 1, D=dim, D2=wide,
         K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
@@ -239,6 +249,7 @@ def attend_packed(
         V_BITS=values.format.bits, V_GROUP=values.format.group,
         V_PER_TOKEN=values.format.per_token, V_SYMMETRIC=values.format.symmetric,
         SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
+        BIASED=bias is not None,
         STAGES=stages(keys.format, values.format), EARLY=early(query.device),
         num_warps=warps(wide, columns),
     )  # fmt: skip

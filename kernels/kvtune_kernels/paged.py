@@ -22,9 +22,9 @@ EXACT = tl.constexpr(16)  # exact tokens that are read at once
 
 @triton.jit
 def _exact(
-    q_row, used, position, due, EK, EV, known, start, part, parts, ring, shift, scale, top, total,
-    acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
-    ASM: tl.constexpr,
+    q_row, used, position, due, EK, EV, known, start, part, parts, ring, shift, scale, bias, top,
+    total, acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
+    BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Goes on with this part's share of the exact tokens: the sinks, and the ring behind them."""
     channel = tl.arange(0, D2)
@@ -46,7 +46,7 @@ def _exact(
         if not ASM:  # the interpreter multiplies the bit patterns of bfloat16
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        s = capped(tl.dot(k, q, input_precision="ieee"), scale, CAP)
+        s = capped(tl.dot(k, q, input_precision="ieee"), scale, bias, CAP, BIASED)
         sees = tl.where(
             (e < sinks)[:, None],
             e[:, None] <= position[None, :],
@@ -76,7 +76,7 @@ def _asked(q_row, used, PLANES, lane, i: tl.constexpr, CHANNELS: tl.constexpr, W
     do_not_specialize=["ring", "shift", "batch", "heads", "share", "count", "splits", "exact"]
 )
 def attend_split(
-    Q, KC, KM, VC, VM, EK, EV, PLANES, STATE, LANES, OUT, LSE, scale,
+    Q, KC, KM, VC, VM, EK, EV, PLANES, BIAS, STATE, LANES, OUT, LSE, scale,
     q_b, q_h, q_m, kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ek_b, ek_h, ev_b, ev_h,
     ring, shift, batch, heads, share, count, splits, exact,
     N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
@@ -84,7 +84,8 @@ def attend_split(
     CHANNELS: tl.constexpr, K_SYMMETRIC: tl.constexpr,
     V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
     V_SYMMETRIC: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
-    CAP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head over one stretch of pages and some exact tokens.
 
@@ -109,6 +110,10 @@ def attend_split(
     due = tl.maximum(position - (SINKS + RECENT), 0) // BLOCK * BLOCK
     due = tl.minimum(tl.maximum(due, start), paged)
     q_row = Q + b * q_b + (h * share + column // count) * q_h + query * q_m
+    bias = used.to(tl.float32)  # not read unless BIASED
+    if BIASED:
+        at = (b * heads + h) * share * count + column
+        bias = tl.load(BIAS + at, mask=used, other=0.0)
     channel = tl.arange(0, D2)
     top = tl.full([N], FAR, tl.float32)
     total = tl.zeros([N], tl.float32)
@@ -142,24 +147,24 @@ def attend_split(
     begin = part * stretch
     for tile in tl.range(begin, tl.minimum(begin + stretch, tiles), num_stages=STAGES):
         s0 = logits(
-            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-            K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, ASM,
+            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+            K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
         )  # fmt: skip
         peak = tl.max(s0, 0)
         if V_BITS < 8:
             s1 = logits(
-                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(s0, s1), 0)
         if V_BITS < 4:
             s2 = logits(
-                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             s3 = logits(
-                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
         peak = tl.maximum(top, peak)
@@ -187,8 +192,8 @@ def attend_split(
         total = total * fade + tl.sum(mass, 0)
     top, total, acc = _exact(
         q_row, used, position, due, EK + b * ek_b + h * ek_h, EV + b * ev_b + h * ev_h, known,
-        start, part - exact, tl.num_programs(0) - exact, ring, shift, scale, top, total, acc, D,
-        D2, SINKS, CAP, ASM,
+        start, part - exact, tl.num_programs(0) - exact, ring, shift, scale, bias, top, total,
+        acc, D, D2, SINKS, CAP, BIASED, ASM,
     )  # fmt: skip
     some = top > FAR
     total = tl.where(some, total, 1.0)

@@ -195,10 +195,10 @@ def slices(
 
 @triton.jit
 def logits(
-    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, BITS: tl.constexpr,
+    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, bias, BITS: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-    CAP: tl.constexpr, ASM: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Logits times log2(e), [ROWS, N], of the u-th ROWS keys of a page; D is their channels'."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
@@ -214,17 +214,22 @@ def logits(
     if BITS < 4:
         s = tl.dot(k2, q2, s)
         s = tl.dot(k3, q3, s)
-    s = capped(s, scale, CAP)
+    s = capped(s, scale, bias, CAP, BIASED)
     if MASKED:
         s = tl.where((rows + tile * PAGE)[:, None] < seen[None, :], s, FAR)
     return s
 
 
 @triton.jit
-def capped(s, scale, CAP: tl.constexpr):
-    """s * scale, or the capped logits CAP * tanh(s * scale / CAP), times log2(e)."""
+def capped(s, scale, bias, CAP: tl.constexpr, BIASED: tl.constexpr):
+    """s * scale, or the capped logits CAP * tanh((s * scale + bias) / CAP), times log2(e).
+
+    Without a cap no softmax sees the bias.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     if CAP > 0:
         s = s * (scale * (2 * LOG2E / CAP))
+        if BIASED:
+            s += (bias * (2 * LOG2E / CAP))[None, :]
         return (CAP * LOG2E) * (1 - 2 / (tl.exp2(s) + 1))
     return s * (scale * LOG2E)
