@@ -23,6 +23,7 @@ except ImportError:  # there is no Triton for this machine
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16)
+_LINES = re.compile(r".*elementwise_inline_asm.*\n")  # of a kernel's text
 COLUMNS = 32  # query heads times queries of one program, at most
 _choice: ContextVar[str] = ContextVar("implementation", default="auto")
 
@@ -283,12 +284,14 @@ def in_order(kernel: object) -> bool:
     """Whether a compiled kernel holds neighbouring lanes together, as inline PTX takes them.
 
     The operands of warp-level products do (of two lines at a time, four lanes each); those of a
-    warp group's, which Triton might choose on its own some day, do not.
+    warp group's, which Triton might choose on its own some day, do not, nor do tensors that it
+    turns to numbers in the order in which they were loaded.
     """
     text = getattr(kernel, "asm", {}).get("ttgir", "")
     products = re.findall(r"nvidia_mma<\{versionMajor = (\d)", text)
-    lanes = re.findall(r"i8, #ttg.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)", text)
-    sound = set(products) == {"2"} and set(lanes) <= {"4"}
+    codes = re.findall(r"xi8, (#[\w.]+(?:<\{[^}]*\}>)?)", "".join(_LINES.findall(text)))
+    lanes = [re.fullmatch(r"#ttg.dot_op<\{opIdx = 0, .*kWidth = 4\}>", layout) for layout in codes]
+    sound = set(products) == {"2"} and all(lanes)
     if not sound:
         say_once("kvtune's kernels run without inline PTX: this Triton lays out products anew.")
     return sound
