@@ -66,8 +66,9 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the allocator holds: codes, scales, zeros,
-        sinks, windows and slack, in all layers."""
-        return sum(_nbytes(layer) for layer in self.layers)
+        sinks, windows, slack and fitted tensors, in all layers."""
+        fitted = sum(x.untyped_storage().nbytes() for x in self._made_of[3].values())
+        return sum(_nbytes(layer) for layer in self.layers) + fitted
 
 
 def _nbytes(layer: Any) -> int:

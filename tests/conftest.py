@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
-from tiny_fits import fits_of
+from tiny_fits import cloned, fits_of
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -244,7 +244,7 @@ def _case(name: str, recipe_name: str) -> Iterator[tuple[Any, Callable[[], Any]]
     if name:
         model, recipe = tiny(name), made(recipe_name)
         tensors = fits_of(recipe, model)
-        yield from _guarded(model, lambda: load(recipe, model, tensors=tensors))
+        yield from _guarded(model, lambda: load(recipe, model, tensors=cloned(tensors)))
     else:
         model, path = bearer(recipe_name), RUNNABLE[recipe_name]
         recipe = recipes.load(path)
@@ -252,7 +252,8 @@ def _case(name: str, recipe_name: str) -> Iterator[tuple[Any, Callable[[], Any]]
             yield from _guarded(model, lambda: load(path, model, force=True))
         else:
             tensors = fits_of(recipe, model)
-            yield from _guarded(model, lambda: load(recipe, model, force=True, tensors=tensors))
+            make = partial(load, recipe, model, force=True)
+            yield from _guarded(model, lambda: make(tensors=cloned(tensors)))
 
 
 def _guarded(model: Any, make: Callable[[], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:

@@ -38,3 +38,8 @@ def seen_by(model: Any) -> Profile:
     kv_heads = {i: bank.facts.layers[i].kv_heads for i in found}
     reads = pulled({i: (pull.out, pull.gradient) for i, pull in found.items()}, kv_heads)
     return Profile((), {**moments.tensors(256), **reads}, {"layers": sorted(found)})
+
+
+def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors of a cache's own, so that their bytes are its own too."""
+    return {name: x.clone() for name, x in tensors.items()}
