@@ -95,6 +95,7 @@ def attend_split(
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
+        tl.extra.cuda.gdc_wait()
     part = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
@@ -230,6 +231,7 @@ def merge(
     With ADVANCE, STATE becomes the next step's: no kernel reads BEFORE any more.
     """
     if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()  # launched while the parts are still on their way
     row = tl.program_id(0)
     bh = (row // (share * count)).to(tl.int64)

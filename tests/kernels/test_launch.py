@@ -157,7 +157,11 @@ class Compiled:
 
 
 MMA = "#ttg.nvidia_mma<{{versionMajor = {}, "
-LANES = "i8, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
+LANES = (
+    'x = tt.elementwise_inline_asm "lop3" %a : tensor<8x8xi8, '
+    "#ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>> -> tensor<8x8xf16, #mma>\n"
+)
+LOADED = 'x = tt.elementwise_inline_asm "lop3" %a : tensor<8x8xi8, #blocked> -> tensor<8xf16, #b>\n'
 
 
 def test_a_kernel_with_lanes_in_another_order_is_known_by_its_layouts() -> None:
