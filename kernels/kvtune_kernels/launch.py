@@ -251,8 +251,8 @@ def attend_packed(
         V_PER_TOKEN=values.format.per_token, V_SYMMETRIC=values.format.symmetric,
         SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
         BIASED=bias is not None,
-        STAGES=stages(keys.format, values.format), num_warps=warps(wide, columns),
-        **waiting(query.device),
+        STAGES=stages(keys.format, values.format), EARLY=early(query.device),
+        num_warps=warps(wide, columns),  # not early itself: then programs would crowd on some units
     )  # fmt: skip
     if portable() or not in_order(launch(ASM=True)):
         launch(ASM=False)

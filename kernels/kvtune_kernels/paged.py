@@ -95,7 +95,6 @@ def attend_split(
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
-        tl.extra.cuda.gdc_wait()
     part = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)
