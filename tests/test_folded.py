@@ -158,11 +158,11 @@ def test_forks_chosen_rows_and_crops_read_what_was_stored(layer: Layer) -> None:
         torch.testing.assert_close(swapped, true[[1, 0]], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "softcap"), [("klt", None), ("centred", 3.0)])
-def test_kernels_read_folded_rows_as_plain_torch_does(name: str, softcap: float | None) -> None:
+@pytest.mark.parametrize(("chains", "softcap"), [("klt", None), ("centred", 3.0)])
+def test_kernels_read_folded_rows_as_plain_torch_does(chains: str, softcap: float | None) -> None:
     """In bfloat16: a prompt, a step, and a chunk that closes a block."""
     pytest.importorskip("triton")
-    layer = Layer(name)
+    layer = Layer(chains)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [153, 1, 25, 1]
     layer.sites = sites(0, None, {name: x.to(device) for name, x in layer.tensors.items()})
