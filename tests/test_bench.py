@@ -152,7 +152,11 @@ def test_the_byte_floor_is_what_the_store_holds(large: Case, tiny_case: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "format", [Format(3, 64, False), Format(4, 32, True), Format(8, 128, True)]
+    "format",
+    [
+        *(Format(3, 64, False), Format(4, 32, True), Format(8, 128, True)),
+        *(Format(2, 64, False, 144), Format(3, 32, True, 0, True)),
+    ],
 )
 def test_a_side_weighs_what_is_allocated_for_it(format: Format) -> None:
     empty = Packed.empty(format, 1, 1, 256, 128, CPU)
@@ -224,13 +228,20 @@ def test_a_clock_runs_the_preparation_before_every_repetition() -> None:
     [
         ("k4v2", Format(4, 128, False), Format(2, 128, True)),
         ("K3g64v8g32", Format(3, 64, False), Format(8, 32, True)),
+        ("k2.25pv2s", Format(2, 128, False, 144), Format(2, 128, True, 0, True)),
+        ("k4pg64v3sg64", Format(2, 64, False, 256), Format(3, 64, True, 0, True)),
     ],
 )
 def test_formats_are_read_as_people_write_them(word: str, keys: Format, values: Format) -> None:
-    assert parse_formats(word, LONG) == Case(keys, values, LONG)
+    case = parse_formats(word, LONG)
+    assert case == Case(keys, values, LONG)
+    assert parse_formats(case.name.split()[0], LONG) == case
 
 
-@pytest.mark.parametrize("word", ["k5v4", "k4", "k4g48v4", "k4v4g48", "", "k4v4 g32"])
+@pytest.mark.parametrize(
+    "word",
+    ["k5v4", "k4", "k4g48v4", "k4v4g48", "", "k4v4 g32", "k2.1pv2", "k9pv2", "k0pv2", "k4v8s"],
+)
 def test_wrong_formats_are_refused(word: str) -> None:
     with pytest.raises(UsageError):
         parse_formats(word, LONG)

@@ -14,6 +14,7 @@ from kvtune.bench import latency
 from kvtune.bench.cases import (
     Shape,
     pair,
+    parse_formats,
     parse_heads,
 )
 from kvtune.bench.clock import machine
@@ -105,10 +106,15 @@ def test_formats_that_were_not_timed_are_put_together() -> None:
 def test_the_cells_of_a_table_tell_every_common_format(heads: str) -> None:
     shape = parse_heads(heads)
     cases = latency.cases(shape, [8], [4096, 32768])
-    assert len(set(cases)) == len(cases) <= 42
+    assert len(set(cases)) == len(cases) <= 52
     sized = (shape.heads, shape.kv_heads, shape.head_dim)
     cells = tuple(latency.Cell(c.keys, c.values, 8, c.shape.context, 9.0, 9.0) for c in cases)
     made = latency.Table(H100, *sized, {}, cells)
+    for size in (2.0, 2.25, 3.0, 4.0, 5.0):
+        planes = Format(2, 64, False, int(size * shape.head_dim / 2))
+        for bits in (2, 3, 4):
+            formats = planes, Format(bits, 32, True, 0, True)
+            assert latency.estimate(made, *formats, 8, 9999) == pytest.approx(9, rel=4)
     groups = {group for group in (32, 64, 128) if group < shape.head_dim} | {shape.head_dim}
     for bits in latency.BITS:
         for keys in (32, 64, 128):
@@ -117,12 +123,36 @@ def test_the_cells_of_a_table_tell_every_common_format(heads: str) -> None:
                 assert latency.estimate(made, *formats, 8, 9999) == pytest.approx(9, rel=4)
 
 
+def test_planes_cost_what_more_of_them_do_and_values_their_share() -> None:
+    two, three = (Format(bits, 128, True, 0, True) for bits in (2, 3))
+    made = table(
+        cell(1, 4096, 10.0, (Format(2, 128, False, 128), two)),
+        cell(1, 4096, 12.0, (Format(2, 128, False, 128), three)),
+        cell(1, 4096, 15.0, (Format(2, 128, False, 192), two)),
+        cell(1, 4096, 11.0, (USUAL[0], Format(3, 128, True))),
+    )
+
+    def at(keys: Format, values: Format) -> float:
+        return latency.estimate(made, keys, values, 1, 4096)
+
+    assert at(Format(2, 64, False, 144), three) == pytest.approx(15 * 1.2)
+    assert at(Format(2, 128, False, 384), two) == pytest.approx(30)
+    assert at(USUAL[0], three) == 11  # as affine values of as many bits
+    with pytest.raises(MissingInputError, match="no times"):
+        latency.estimate(table(), Format(2, 128, False, 128), two, 1, 4096)
+
+
 def test_a_table_is_measured_from_timings(home: Path) -> None:
     said: list[tuple[Any, ...]] = []
     lab = Lab(CPU, seconds=1e-4, copied=1 << 16)
-    cases = [pair(bits, 64, Shape(1, 300, 4, 1), value_group=128) for bits in (4, 2)]
+    shape = Shape(1, 300, 4, 1)
+    cases = [pair(bits, 64, shape, value_group=128) for bits in (4, 2)]
+    cases.append(parse_formats("k2.25pv3s", shape))
     made = latency.measure(lab, cases, machine(CPU), lambda *words: said.append(words))
-    assert [c.keys.bits for c in made.cells] == [4, 2] and (made.heads, made.kv_heads) == (4, 1)
-    assert said[-1] == ("latency table", 2, 2) and "device" not in made.versions
+    assert [c.keys.channels for c in made.cells] == [0, 0, 144] and (made.heads, made.kv_heads) == (
+        4,
+        1,
+    )
+    assert said[-1] == ("latency table", 3, 3) and "device" not in made.versions
     made.save()
     assert latency.load(made.device, 4, 1, 128) == made

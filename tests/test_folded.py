@@ -158,12 +158,13 @@ def test_forks_chosen_rows_and_crops_read_what_was_stored(layer: Layer) -> None:
         torch.testing.assert_close(swapped, true[[1, 0]], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_kernels_read_folded_rows_as_plain_torch_does(layer: Layer, softcap: float | None) -> None:
-    """In bfloat16: a prompt, steps that close a page, and a chunk."""
+@pytest.mark.parametrize(("chains", "softcap"), [("klt", None), ("centred", 3.0)])
+def test_kernels_read_folded_rows_as_plain_torch_does(chains: str, softcap: float | None) -> None:
+    """In bfloat16: a prompt, a step, and a chunk that closes a block."""
     pytest.importorskip("triton")
+    layer = Layer(chains)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = [150, *[1] * 3, 70, 1]
+    sizes = [153, 1, 25, 1]
     layer.sites = sites(0, None, {name: x.to(device) for name, x in layer.tensors.items()})
     tokens = [x.to(device, torch.bfloat16) for x in given(1, sum(sizes), 0)]
     answers = {}

@@ -39,11 +39,14 @@ def append(
     K_SYMMETRIC: tl.constexpr, K_PARTS: tl.constexpr,
     V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
     V_SYMMETRIC: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, D2: tl.constexpr, ASM: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Puts one token of one head and side into the ring and encodes the block that has left the
     window, if one has. STATE [3, B] is read, NEXT is what attention reads and `merge` makes STATE.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     side = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads).to(tl.int64)

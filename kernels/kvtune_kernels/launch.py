@@ -197,7 +197,7 @@ def append(
         *(step for x in strided for step in x.stride()[:2]),
         *turned(exact, window), batch, heads, *keys.format, plane_parts(keys.format) or 1,
         *values.format[:3], values.format.symmetric, *window, D=dim,
-        D2=triton.next_power_of_2(dim), ASM=not portable(), num_warps=4,
+        D2=triton.next_power_of_2(dim), ASM=not portable(), num_warps=4, **waiting(key.device),
     )  # fmt: skip
     return None
 
@@ -252,7 +252,7 @@ def attend_packed(
         SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
         BIASED=bias is not None,
         STAGES=stages(keys.format, values.format), EARLY=early(query.device),
-        num_warps=warps(wide, columns),
+        num_warps=warps(wide, columns),  # not early itself: then programs would crowd on some units
     )  # fmt: skip
     if portable() or not in_order(launch(ASM=True)):
         launch(ASM=False)
@@ -262,8 +262,7 @@ def attend_packed(
     paged.merge[(batch * query_heads * count,)](
         out, lse, result, state if advance is None else advance, state, *result.stride()[:3],
         batch, heads, share, count, parts, ADVANCE=advance is not None, D=dim, D2=wide,
-        PARTS=many, FEW=min(many, 8192 // wide), EARLY=early(query.device), num_warps=4,
-        **({"launch_pdl": True} if early(query.device) else {}),
+        PARTS=many, FEW=min(many, 8192 // wide), num_warps=4, **waiting(query.device),
     )  # fmt: skip
     return result
 
@@ -303,6 +302,11 @@ def early(device: torch.device) -> bool:
     if portable() or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return hasattr(getattr(triton.language.extra, "cuda", None), "gdc_wait")
+
+
+def waiting(device: torch.device) -> dict[str, bool]:
+    """The options of a kernel that waits by itself for what was launched before it."""
+    return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
 def warps(dim: int, columns: int) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvtune_kernels.launch import runs_triton, triton
+from kvtune_kernels.launch import portable, runs_triton, triton, waiting
 
 if triton is not None:
     from kvtune_kernels import turning
@@ -56,10 +56,10 @@ def turn(*jobs: tuple[Tensor, Map | None]) -> tuple[Tensor, ...]:
     arguments += [nothing] * (3 - len(arguments))
     size = 64 if most >= 1024 else 16
     wide = triton.next_power_of_2(dim)
-    columns = min(32, wide)
+    columns = max(16, min(32, 4096 // wide))
     grid = (sum(-(-own // size) for own in rows), triton.cdiv(dim, columns), heads)
     turning.turn[grid](
         *(part for own in arguments for part in own), count, D=dim, D2=wide, ROWS=size,
-        COLUMNS=columns, STEP=min(64, wide), num_warps=4,
+        COLUMNS=columns, ASM=not portable(), num_warps=4, **waiting(first.device),
     )  # fmt: skip
     return tuple(found)

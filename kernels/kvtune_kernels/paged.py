@@ -230,6 +230,7 @@ def merge(
     With ADVANCE, STATE becomes the next step's: no kernel reads BEFORE any more.
     """
     if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()  # launched while the parts are still on their way
     row = tl.program_id(0)
     bh = (row // (share * count)).to(tl.int64)

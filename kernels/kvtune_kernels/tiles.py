@@ -36,7 +36,7 @@ def _spread(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _metadata(
-    META, tile, first: tl.constexpr, lift, i: tl.constexpr, KEYS: tl.constexpr,
+    META, tile, first: tl.constexpr, lanes, lift, i: tl.constexpr, KEYS: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -55,13 +55,18 @@ def _metadata(
         whole: tl.constexpr = not KEYS or W % GROUP == 0 or GROUP % W == 0
         few: tl.constexpr = channels // GROUP if channels > GROUP else 1
         nc: tl.constexpr = few if whole else channels
-        t = token0 + tl.arange(0, nt)
+        token = token0 + tl.arange(0, nt)
+        # scales alone are read in words of two: fewer bytes cannot be copied ahead of their use
+        pair: tl.constexpr = 2 if SYMMETRIC and ASM and not KEYS else 1
+        if pair == 2:
+            META = META.to(tl.pointer_type(tl.uint32))
+        t = token // pair
         c = channel0 // GROUP + tl.arange(0, nc)
         if not whole:
             c = (channel0 + tl.arange(0, nc)) // GROUP
         there = c < D // GROUP
-        at = META + tile * (D // GROUP * PAGE)
-        c_step: tl.constexpr = PAGE
+        at = META + tile * (D // GROUP * PAGE // pair)
+        c_step: tl.constexpr = PAGE // pair
     else:  # lines of D channels, one for GROUP tokens; written so that equal lines look equal
         nt: tl.constexpr = tokens // GROUP if tokens > GROUP else 1
         nc: tl.constexpr = channels
@@ -81,8 +86,10 @@ def _metadata(
         there = there[:, None] & (t[None, :] >= 0)
     bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
     meta = tl.load(where, mask=there, other=0) if bounded else tl.load(where)
-    if SYMMETRIC:  # float16 scales alone
-        s = meta.to(tl.float16, bitcast=True)
+    if SYMMETRIC:
+        if pair == 2:
+            meta >>= (lanes % 2 * 16).to(tl.uint32)[None, :]
+        s = meta.to(tl.uint16).to(tl.float16, bitcast=True)
         z = s * (-0.5 * ((1 << BITS) - 1))
     else:
         s, z = scale_and_zero(meta, ASM)
@@ -107,7 +114,8 @@ def _slice(
     """Slice i of a tile as float16 values [ROWS, WIDE], in plain Triton."""
     j = tl.arange(0, WIDE)
     s, z = _metadata(
-        META, tile, first, None, i, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE, False
+        META, tile, first, None, None, i, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE,
+        False,
     )  # fmt: skip
     ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
     low = LINES + rows[:, None] * W
@@ -157,22 +165,22 @@ def slices(
         ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
         word = tl.load(where, mask=ok, other=0) if bounded else tl.load(where)
         s0, z0 = _metadata(
-            META, tile, first, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE,
-            True,
+            META, tile, first, lanes, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+            ROWS, W, WIDE, True,
         )  # fmt: skip
         if BITS < 8:
             s1, z1 = _metadata(
-                META, tile, first, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
-                WIDE, True,
+                META, tile, first, lanes, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE, True,
             )  # fmt: skip
         if BITS < 4:
             s2, z2 = _metadata(
-                META, tile, first, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
-                WIDE, True,
+                META, tile, first, lanes, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE, True,
             )  # fmt: skip
             s3, z3 = _metadata(
-                META, tile, first, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
-                WIDE, True,
+                META, tile, first, lanes, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE, True,
             )  # fmt: skip
         if BITS == 8:
             x0 = values_8(word, s0, z0)

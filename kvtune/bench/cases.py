@@ -11,7 +11,7 @@ from kvtune_kernels import Format, Window
 from kvtune.errors import UsageError
 
 SINKS, RECENT = 4, 64  # the window of every case
-_PAIR = re.compile(r"k([2348])(?:g(\d+))?v([2348])(?:g(\d+))?")
+_PAIR = re.compile(r"k([2348]|\d(?:\.\d+)?p)(?:g(\d+))?v([2348]|[234]s)(?:g(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ class Case:
         s = self.shape
         heads = f" {s.heads}/{s.kv_heads}x{s.head_dim}"
         usual = (s.heads, s.kv_heads, s.head_dim) == (32, 8, 128)
-        formats = f"k{self.keys.bits}g{self.keys.group}v{self.values.bits}g{self.values.group}"
+        formats = f"k{spelled(self.keys, s.head_dim)}v{spelled(self.values, s.head_dim)}"
         ragged = " ragged" if s.ragged else ""
         return f"{formats} B={s.batch} N={s.context}{'' if usual else heads}{ragged}"
+
+    @property
+    def folded(self) -> bool:
+        """Whether such codes stand behind linear maps: then a step turns what it is given."""
+        return self.keys.channels > 0 or self.values.symmetric
 
     @property
     def window(self) -> Window:
@@ -70,7 +75,16 @@ class Case:
 
 def side_bytes(format: Format, tokens: int, dim: int) -> int:
     """Bytes of the codes, scales and zeros of a head's keys, or of its values."""
-    return tokens * dim * format.bits // 8 + 4 * tokens * dim // format.group
+    width = format.channels or dim
+    each = 2 if format.symmetric else 4
+    return tokens * width * format.bits // 8 + each * tokens * width // format.group
+
+
+def spelled(format: Format, dim: int) -> str:
+    """Bits and group as `parse_formats` reads them: 4g128, 2.25pg128, 2sg128."""
+    if format.channels:
+        return f"{format.bits * format.channels / dim:g}pg{format.group}"
+    return f"{format.bits}{'s' if format.symmetric else ''}g{format.group}"
 
 
 @dataclass(frozen=True)
@@ -106,22 +120,37 @@ def pair(bits: int, group: int, shape: Shape, value_bits: int = 0, value_group: 
 
 
 def parse_formats(word: str, shape: Shape) -> Case:
-    """Reads k4v2 or k4g64v2g32: keys per channel (128), values per token (the whole head).
+    """Reads k4v2 or k4g64v2g32: keys per channel (128), values per token (the whole head); and
+    k2.25pv2s: planes of so many mean bits, symmetric values.
 
     Raises:
         UsageError: anything else, or a group that does not fit the head.
     """
     found = _PAIR.fullmatch(word.strip().lower())
     if not found:
-        hint = "Write k4v2 or k4g32v2g32: 2, 3, 4 or 8 bits, groups of 32, 64 or 128."
+        hint = "Write k4v2, k4g32v2g32 or k2.25pv2s: 2, 3, 4 or 8 bits, groups of 32, 64 or 128."
         raise UsageError(f"{word!r} is no pair of formats.", hint)
-    bits, group, value_bits, value_group = (int(part or 0) for part in found.groups())
+    group, value_group = (int(part or 0) for part in found.group(2, 4))
     group, value_group = group or 128, value_group or shape.head_dim
     if group not in (32, 64, 128) or value_group not in (32, 64, 128, shape.head_dim):
         raise UsageError(f"{word!r} has groups other than 32, 64, 128 and the head.")
     if shape.head_dim % value_group:
         raise UsageError(f"{word!r}: {value_group} does not divide head_dim {shape.head_dim}.")
-    return pair(bits, group, shape, value_bits, value_group)
+    bits, value_bits = found.group(1, 3)
+    keys = _planes(word, bits, group, shape) if bits[-1] == "p" else Format(int(bits), group, False)
+    values = Format(int(value_bits[0]), value_group, True, 0, value_bits[-1] == "s")
+    return Case(keys, values, shape)
+
+
+def _planes(word: str, bits: str, group: int, shape: Shape) -> Format:
+    channels = float(bits[:-1]) * shape.head_dim / 2
+    most = 4 * shape.head_dim
+    if channels % 16 or not 0 < channels <= most:
+        raise UsageError(
+            f"{word!r} has {channels:g} planes for head_dim {shape.head_dim}.",
+            f"Their number is a multiple of 16 up to {most}: bits times head_dim / 2.",
+        )
+    return Format(2, group, False, int(channels))
 
 
 def parse_heads(word: str) -> Shape:

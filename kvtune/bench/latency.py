@@ -62,7 +62,8 @@ class Table:
 
 
 def cases(heads: Shape, batches: Iterable[int], contexts: Iterable[int]) -> list[Case]:
-    """All pairs of bits at one group, and all groups at one width, at every batch and context."""
+    """All pairs of bits at one group, and all groups at one width, at every batch and context;
+    then planes of 2 to 4 mean bits with symmetric values, turning included."""
     shapes = [replace(heads, batch=b, context=n) for b in batches for n in contexts]
     dim = heads.head_dim
     # "head" stands last: values in groups of a whole head are the usual ones
@@ -70,7 +71,20 @@ def cases(heads: Shape, batches: Iterable[int], contexts: Iterable[int]) -> list
     pairs = [(keys, GROUP, values, dim) for keys in BITS for values in BITS]
     pairs += [(USUAL, group, USUAL, dim) for group in (32, 128)]
     pairs += [(USUAL, GROUP, USUAL, group) for group in groups]
-    return [pair(k, g, shape, v, h) for k, g, v, h in pairs for shape in shapes]
+    plain = [pair(k, g, shape, v, h) for k, g, v, h in pairs for shape in shapes]
+    sides = [(planes(dim), symmetric(bits, dim)) for bits in (2, 3, 4)]
+    sides += [(planes(size), symmetric(2, dim)) for size in (3 * dim // 2, 2 * dim)]
+    return plain + [Case(*side, shape) for side in sides for shape in shapes]
+
+
+def planes(channels: int) -> Format:
+    """Keys in planes, as they are timed."""
+    return Format(2, 128, False, channels)
+
+
+def symmetric(bits: int, head_dim: int) -> Format:
+    """Values in symmetric codes, as they are timed."""
+    return Format(bits, head_dim, True, 0, True)
 
 
 def measure(
@@ -132,7 +146,8 @@ def estimate(table: Table, keys: Format, values: Format, batch: float, context: 
 
     Formats that were not timed are put together: the pair of bits, times what either side's group
     costs. Between contexts and batches, times follow a power law; beyond the longest they grow in
-    proportion, below the shortest they stay.
+    proportion, below the shortest they stay. Planes cost what the next larger number of them does;
+    symmetric values beside other keys cost what affine ones do, which is a little more.
 
     Raises:
         MissingInputError: the table does not know these bits.
@@ -149,18 +164,41 @@ def estimate(table: Table, keys: Format, values: Format, batch: float, context: 
     if (exact := told(keys, values)) is not None:
         return exact
     head = table.head_dim
+    if keys.channels:
+        return _of_planes(table, told, keys, values)
+    if values.symmetric:
+        return estimate(table, keys, values._replace(symmetric=False), batch, context)
     base = told(Format(keys.bits, GROUP, False), Format(values.bits, head, True))
     usual_keys, usual_values = Format(USUAL, GROUP, False), Format(USUAL, head, True)
     usual = told(usual_keys, usual_values)
     by_keys = told(keys._replace(bits=USUAL), usual_values)
     by_values = told(usual_keys, values._replace(bits=USUAL))
     if base is None or usual is None or by_keys is None or by_values is None:
-        raise MissingInputError(
-            f"The latency table of {table.device} has no times for keys {tuple(keys)} and values "
-            f"{tuple(values)}.",
-            command(table.heads, table.kv_heads, head),
-        )
+        raise _untimed(table, keys, values)
     return base * by_keys / usual * by_values / usual
+
+
+def _of_planes(
+    table: Table, told: Callable[[Format, Format], float | None], keys: Format, values: Format
+) -> float:
+    """Planes with values of 2 bits, times what other values cost beside the fewest planes."""
+    head = table.head_dim
+    sizes = sorted({c.keys.channels for c in table.cells if c.keys.channels}) or [0]
+    size = next((size for size in sizes if size >= keys.channels), sizes[-1])
+    base = told(planes(size), symmetric(2, head))
+    few = told(planes(head), symmetric(2, head))
+    by_values = told(planes(head), symmetric(min(values.bits, 4), head))
+    if base is None or few is None or by_values is None:
+        raise _untimed(table, keys, values)
+    return base * by_values / few * max(1, keys.channels / size)
+
+
+def _untimed(table: Table, keys: Format, values: Format) -> MissingInputError:
+    return MissingInputError(
+        f"The latency table of {table.device} has no times for keys {tuple(keys)} and values "
+        f"{tuple(values)}.",
+        command(table.heads, table.kv_heads, table.head_dim),
+    )
 
 
 def dense(table: Table, batch: int, context: int) -> float:
@@ -211,12 +249,14 @@ def _plain(cell: Cell) -> dict[str, Any]:
 
 def _named(format: Format) -> dict[str, Any]:
     axis = "token" if format.per_token else "channel"
-    return {"bits": format.bits, "group": format.group, "axis": axis}
+    found: dict[str, Any] = {"bits": format.bits, "group": format.group, "axis": axis}
+    more = {"channels": format.channels, "symmetric": format.symmetric}
+    return found | {name: value for name, value in more.items() if value}
 
 
 def _cell(held: dict[str, Any]) -> Cell:
-    sides = {
-        side: Format(held[side]["bits"], held[side]["group"], held[side]["axis"] == "token")
-        for side in ("keys", "values")
-    }
+    sides = {}
+    for side in ("keys", "values"):
+        own = dict(held[side])
+        sides[side] = Format(per_token=own.pop("axis") == "token", **own)
     return Cell(**{**held, **sides})

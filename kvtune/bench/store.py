@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from kvtune_kernels import Exact, Format, Packed, Workspace, attend, attend_packed
+from kvtune_kernels import (
+    Exact,
+    Format,
+    Map,
+    Packed,
+    Workspace,
+    attend,
+    attend_packed,
+    plane_table,
+    turn,
+)
 from kvtune_kernels.reference import dense_row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +36,7 @@ class Store:
     values: Packed
     exact: Exact
     state: Tensor  # int32 [3, B]: tokens seen, and twice the paged ones
+    map: Map | None = None  # in place of the four of a folded layer, which are as large
 
     @classmethod
     def random(cls, case: Case, device: torch.device, room: int = 0) -> Store:
@@ -49,7 +60,17 @@ class Store:
             values,
             Exact(held[0], held[1]),
             state,
+            random_map(shape.kv_heads, shape.head_dim, device) if case.folded else None,
         )
+
+    def step(self, workspace: Workspace) -> Tensor:
+        """What attention costs a decoded token: with the turning of a folded layer."""
+        if self.map is None:
+            return self.attend(workspace)
+        new = (self.exact.keys[:, :, :1], self.map), (self.exact.values[:, :, :1], self.map)
+        query, _, _ = turn((self.query, self.map), *new)
+        (out,) = turn((replace(self, query=query).attend(workspace), self.map))
+        return out
 
     def attend(self, workspace: Workspace) -> Tensor:
         """Packed attention, its merge included: [B, Hq, 1, D]."""
@@ -73,14 +94,36 @@ class Store:
 def packed(format: Format, size: tuple[int, int, int, int], device: torch.device) -> Packed:
     """Random codes for [B, H, T, D], with scales and zeros that spread them to about one."""
     batch, heads, tokens, dim = size
-    found = Packed.empty(format, batch, heads, tokens, dim, device)
+    planes = random_planes(heads, dim, format.channels).to(device) if format.channels else None
+    found = Packed.empty(format, batch, heads, tokens, dim, device, planes)
     found.codes.random_(0, 256)
-    scale, zero = found.meta.unflatten(-1, (-1, 2)).unbind(-1)
     steps = 2**format.bits
     unit = (12 / (steps**2 - 1)) ** 0.5  # the reciprocal spread of codes of equal odds
+    if format.symmetric:
+        found.meta.uniform_(0.75 * unit, 1.25 * unit)
+        return found
+    scale, zero = found.meta.unflatten(-1, (-1, 2)).unbind(-1)
     scale.uniform_(0.75 * unit, 1.25 * unit)
+    if planes is not None:
+        # each plane counts four times the one below it; all of a channel spread it to about one
+        plane, count = planes >> 16 & 0xFF, planes >> 24
+        scale.mul_((4.0 ** (plane - count) * 4)[None, :, None])
+        zero.copy_(torch.where(plane == 0, -1.5, 0.0)[None, :, None])
+        return found
     zero.copy_(torch.randn_like(zero).mul_(0.1).sub_(scale * ((steps - 1) / 2)))
     return found
+
+
+def random_planes(heads: int, dim: int, channels: int) -> Tensor:
+    """A table [H, C] of up to four planes a channel."""
+    rows = [torch.randperm(4 * dim)[:channels] // 4 for _ in range(heads)]
+    return plane_table(torch.stack([torch.bincount(row, minlength=dim) for row in rows]))
+
+
+def random_map(heads: int, dim: int, device: torch.device) -> Map:
+    """A rotation of each head, and an offset."""
+    basis = torch.linalg.qr(torch.randn(heads, dim, dim))[0]
+    return Map(basis.contiguous().to(device), torch.randn(heads, dim).to(device))
 
 
 def errors(store: Store, out: Tensor) -> tuple[float, float]:

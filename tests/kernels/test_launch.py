@@ -66,6 +66,14 @@ def test_no_more_stretches_than_one_wave_holds_when_there_is_little_to_read() ->
         (96, torch.float16, [Format(4, 96, False)], "group 96 is no power of two"),
         (80, torch.float16, [Format(3, 32, False)], "3 bits need a head_dim"),
         (80, torch.float16, [CHANNEL, Format(3, 80, True)], "multiple of 32, not 80"),
+        (64, torch.float16, [Format(4, 64, False, 64)], "planes have affine codes of 2 bits"),
+        (64, torch.float16, [Format(2, 64, True, 64)], "planes have affine codes of 2 bits"),
+        (64, torch.float16, [Format(2, 64, False, 40)], "40 channels of planes are not a multiple"),
+        (64, torch.float16, [Format(2, 64, False, 272)], "of 16 up to 256"),
+        (64, torch.float16, [CHANNEL, Format(2, 64, False, 64)], "read of keys alone"),
+        (64, torch.float16, [Format(2, 64, False, 0, True)], "symmetric codes are 2, 3 or 4 bits"),
+        (64, torch.float16, [None, Format(8, 64, True, 0, True)], "2, 3 or 4 bits per token"),
+        (96, torch.float16, [Format(2, 96, True, 0, True)], "head_dim of 64, 128 or 256, not 96"),
     ],
 )
 def test_what_kernels_cannot_do_has_a_reason(
@@ -157,7 +165,11 @@ class Compiled:
 
 
 MMA = "#ttg.nvidia_mma<{{versionMajor = {}, "
-LANES = "i8, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
+LANES = (
+    'x = tt.elementwise_inline_asm "lop3" %a : tensor<8x8xi8, '
+    "#ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>> -> tensor<8x8xf16, #mma>\n"
+)
+LOADED = 'x = tt.elementwise_inline_asm "lop3" %a : tensor<8x8xi8, #blocked> -> tensor<8xf16, #b>\n'
 
 
 def test_a_kernel_with_lanes_in_another_order_is_known_by_its_layouts() -> None:
