@@ -66,8 +66,9 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the allocator holds: codes, scales, zeros,
-        sinks, windows and slack, in all layers."""
-        return sum(_nbytes(layer) for layer in self.layers)
+        sinks, windows, slack and fitted tensors, in all layers."""
+        fitted = sum(x.untyped_storage().nbytes() for x in self._made_of[3].values())
+        return sum(_nbytes(layer) for layer in self.layers) + fitted
 
 
 def _nbytes(layer: Any) -> int:
@@ -77,8 +78,15 @@ def _nbytes(layer: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 
-def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> CompressedCache:
+def load(
+    recipe: Recipe | Path | str,
+    model: Any,
+    force: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> CompressedCache:
     """Returns an empty cache that applies a recipe (a Recipe, or a path) to a transformers model.
+
+    `tensors` are those that `fit` found, for a recipe that has no file of them beside it.
 
     Switches the model's attention to "kvtune" when a layer is compressed; other caches then work as
     before.
@@ -96,8 +104,9 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
     check_model(recipe, model, force)
     known = facts(model.config)
     policies = recipe.policies(known)
-    tensors = _tensors(recipe, folder, model)
-    check(tensors, policies, known)
+    held = _artifact(recipe, folder) if tensors is None else tensors
+    check(held, policies, known)
+    tensors = _placed(held, model)
     needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
     cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
     if not all(policy.is_dense for policy in policies):
@@ -117,16 +126,19 @@ def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
         )
 
 
-def _tensors(recipe: Recipe, folder: Path | None, model: Any) -> Mapping[str, Tensor]:
+def _artifact(recipe: Recipe, folder: Path | None) -> Mapping[str, Tensor]:
     if recipe.artifact is None:
         return {}
     if folder is None:
         raise IntegrityError("The recipe has tensors beside it: load it by its path.")
-    artifact = Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256)
-    # what belongs to a layer lives where that layer computes
+    return Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256).tensors
+
+
+def _placed(tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What belongs to a layer lives where that layer computes."""
     found, first = places(model), input_device(model)
     moved = {}
-    for name, tensor in artifact.tensors.items():
+    for name, tensor in tensors.items():
         layer = re.match(r"layer\.(\d+)\.", name)
         moved[name] = tensor.to(found.get(int(layer[1]), first) if layer else first)
     return moved

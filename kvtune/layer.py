@@ -240,7 +240,7 @@ class CompressedLayer(CacheLayerMixin):
         if selects and keys.is_cuda:
             say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
         if not selects and serves(self.policy, keys):
-            rows = FusedRows(self.policy, pads, self._shared.workspace)
+            rows = FusedRows(self.policy, pads, self._shared.workspace, self._sites)
             self._groups.append(Group(list(range(batch)), pads, rows))
             return
         for pad in sorted(set(pads)):

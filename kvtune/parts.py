@@ -42,11 +42,9 @@ class Site:
 
 
 class Code(NamedTuple):
-    """What a codec stores: a body [B, H, T', *] that the next
-    codec of a chain may encode further, and its metadata.
+    """What is stored: a body [B, H, T', *], which a chain's next codec may encode, and metadata.
 
-    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by
-    concatenation.
+    Axis 2 of all tensors runs along the tokens, in whole blocks, so pages grow by concatenation.
     """
 
     body: Tensor
@@ -96,6 +94,10 @@ class Codec(Part):
 
     def format(self, head_dim: int) -> Format | None:
         """The format in which GPU kernels read what is stored; None when they cannot."""
+        return None
+
+    def planes(self, site: Site) -> Tensor | None:
+        """The digits of mixed bits, int32 [H, C], that `format` speaks of; None without any."""
         return None
 
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
@@ -206,8 +208,7 @@ class Chain:
         return frozenset[str]().union(*(codec.needs for codec in self.codecs))
 
     def format(self, head_dim: int) -> Format | None:
-        """As that of the codec that ends it, where all before it are linear, so that kernels can
-        fold them into queries and outputs."""
+        """As that of the last codec, where all before it are linear, so that kernels fold them."""
         if not self.codecs or not all(codec.linear for codec in self.codecs[:-1]):
             return None
         return self.codecs[-1].format(head_dim)
@@ -219,6 +220,10 @@ class Chain:
             own = codec.fold(site, heads, head_dim)
             found = own if found is None else joined(found, own)
         return found
+
+    def planes(self, site: Site) -> Tensor | None:
+        """As those of the last codec."""
+        return self.codecs[-1].planes(site) if self.codecs else None
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
@@ -271,8 +276,7 @@ def find(name: str) -> type[Part]:
     """Returns the part that the file `methods/<name>.py` defines.
 
     Raises:
-        UsageError: no such file. Only names of existing files resolve, since recipes come from
-        strangers.
+        UsageError: no such file; only those resolve, since recipes come from strangers.
     """
     found: type[Part] = discovery.find("methods", name, Part, "method", "parts")
     return found

@@ -24,7 +24,7 @@ FLOORS = (
     "demo parts runs sampling shipped storage task tensors texts bench.store",
     "entries intervals leases levels models pages planes table turning turns bench.kernels",
     "policy",
-    "attention fitted recipe workers methods.* tasks.* bench.latency",
+    "attention fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
     "tiers",
     "growth kvtuner layer profile speed",
