@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from kvtune_kernels import Format
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtune import discovery
 from kvtune.errors import UsageError, suggest
-from kvtune.marks import Between, OneOf, Setting
+from kvtune.marks import OneOf, Setting
+from kvtune.marks import legal_values as legal_values
 from kvtune.rope import Rope
 from kvtune.seen import Fold as Fold
 from kvtune.seen import Seen as Seen
@@ -320,19 +321,6 @@ def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
         yield parse({**closed, **dict(zip(opened, values, strict=True))})
     if optional:
         yield None
-
-
-def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
-    """All values that a setting's mark (OneOf, Between, Literal) allows; ValueError without."""
-    field = cls.model_fields.get(name)
-    if field is None:
-        raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
-    for mark in field.metadata:
-        if isinstance(mark, OneOf | Between):
-            return mark.legal()
-    if get_origin(field.annotation) is Literal:
-        return get_args(field.annotation)
-    raise ValueError(f"{cls.name()}.{name} has no mark that bounds it, so it cannot be searched")
 
 
 def _class_of(settings: dict[str, Any]) -> type[Part]:
