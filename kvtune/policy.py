@@ -156,8 +156,8 @@ def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
     """Returns what a closed entry asks of a layer with so many kv heads; `where` is for errors.
 
     Raises:
-        UsageError: heads that the layer does not have, or a head named twice; a codec that reads
-        positions in a layer that selects tokens.
+        UsageError: heads that the layer does not have, or a head named twice; in a layer that
+        selects tokens, a codec that reads positions, or one that is fitted in both tiers.
     """
     named = entry.heads if isinstance(entry.heads, tuple) else ()
     ((sinks, recent),) = entry.windows()
@@ -178,26 +178,28 @@ def _selecting(entry: LayerPolicy, where: str) -> Policy:
     ((sinks, recent),) = entry.windows()
     keys, values = entry.kept.chains()
     rest = entry.rest.chains() if isinstance(entry.rest, Tier) else None
-    for side, other in zip((keys, values), rest or (), strict=False):
-        twice = {codec.name() for codec in side.codecs if codec.fits}.intersection(
-            codec.name() for codec in other.codecs if codec.fits
-        )
-        if twice and side != other:
-            raise UsageError(
-                f"{where}: {min(twice)} is fitted in both tiers, and a side has its tensors once.",
-                "Let both tiers have the same chain, or leave it out of one.",
-            )
-    for chain in (keys, values, *(rest or ())):
-        if odd := [codec.name() for codec in chain.codecs if "rope" in codec.needs]:
-            raise UsageError(
-                f"{where}: {odd[0]} turns tokens by their positions, and in a layer that selects "
-                "tokens these differ from head to head.",
-                f"Leave {odd[0]} or select out.",
-            )
+    _check_tiers((keys, values), rest or (), where)
     select = parts.parse(entry.select or {})
     assert isinstance(select, Selector), "the entry was checked"
     made: dict[str, Any] = {"sinks": sinks, "recent": recent, "keys": keys, "values": values}
     return Policy(**made, select=select, rest=rest)
+
+
+def _check_tiers(kept: Sequence[Chain], rest: Sequence[Chain], where: str) -> None:
+    for codec in (codec for chain in (*kept, *rest) for codec in chain.codecs):
+        if "rope" in codec.needs:
+            raise UsageError(
+                f"{where}: {codec.name()} turns tokens by their positions, and in a layer that "
+                "selects tokens these differ from head to head.",
+                f"Leave {codec.name()} or select out.",
+            )
+    for chain, other in zip(kept, rest, strict=False):
+        fitted, again = ({c.name() for c in own.codecs if c.fits} for own in (chain, other))
+        if chain != other and (twice := fitted & again):
+            raise UsageError(
+                f"{where}: {min(twice)} is fitted in both tiers, and a side has its tensors once.",
+                "Give both tiers the same chain, or leave it out of one.",
+            )
 
 
 def to_entry(policy: Policy, span: str) -> LayerPolicy:

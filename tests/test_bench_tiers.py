@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvtune import recipe as recipes
-from kvtune.bench.tiers import EQUAL_BYTES, shared
+from kvtune.bench.tiers import EQUAL_BYTES, shared, unselected
 from kvtune.errors import UsageError
 from kvtune.models import facts
 
@@ -51,7 +51,9 @@ def test_each_share_is_measured_three_ways(kv: Any, words: list[str], tmp_path: 
     file.write_text(RECIPE)
     found = kv.json(*words, "--recipe", file, "--shares", "20%,0.5", "-o", tmp_path / "rows.json")
     assert found["ok"], found["error"]
-    rows = found["data"]["rows"]
+    none, *rows = found["data"]["rows"]
+    assert (none["share"], none["rest"]) == (0.0, rows[0]["rest"])
+    assert none["bits"] < rows[0]["bits"] < rows[3]["bits"]
     assert [row["share"] for row in rows if row["rest"] != EQUAL_BYTES] == [0.2, 0.2, 0.5, 0.5]
     for stored, dropped, equal in (rows[:3], rows[3:]):
         assert equal["rest"] == EQUAL_BYTES
@@ -89,6 +91,14 @@ def test_what_is_fitted_wants_a_profile(kv: Any, words: list[str | Path], tmp_pa
     found = kv.json(*words, "--recipe", file, "--shares", "20%", "--profile", folder)
     assert found["ok"], found["error"]
     assert "balance() > affine" in found["data"]["rows"][0]["rest"]
+
+
+def test_without_a_selector_all_tokens_are_stored_as_the_rest_is(llama: Any) -> None:
+    policies = recipes.loads(RECIPE).policies(facts(llama.config))
+    found = unselected(policies[0])
+    assert (found.keys, found.values) == policies[0].rest
+    assert (found.select, found.recent) == (None, 16)
+    assert unselected(policies[1]) == policies[1]
 
 
 def test_only_layers_that_select_change(llama: Any) -> None:

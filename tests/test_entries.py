@@ -11,6 +11,7 @@ from kvtune.cache import weigh
 from kvtune.cli import spelled
 from kvtune.entries import Tier
 from kvtune.errors import IntegrityError, UsageError
+from kvtune.fitted import blanks
 from kvtune.models import Facts, LayerFacts
 from kvtune.policy import Policy, to_entry, to_policy
 from kvtune.recipe import Recipe
@@ -96,6 +97,17 @@ def test_a_codec_that_reads_positions_is_refused_where_they_differ_by_head(tier:
     recipe = layer(f"{SELECT}{tier}.keys = {DEROPE}")
     with pytest.raises(UsageError, match="derope turns tokens by their positions"):
         recipe.policies(KNOWN)
+
+
+def test_what_is_fitted_is_fitted_for_one_chain_of_a_side() -> None:
+    """Tensors are named by side and method, so two chains would read each other's."""
+    two, four = (f'[{{ use = "balance" }}, {own[1:]}' for own in (TWO, FOUR))
+    apart = layer(f"{SELECT}kept.keys = {FOUR}\nrest.keys = {two}").policies(KNOWN)[0]
+    alike = layer(f"{SELECT}kept.keys = {two}\nrest.keys = {two}").policies(KNOWN)[0]
+    for policy in (apart, alike):
+        assert list(blanks(3, policy, 4, 64)) == ["layer.3.keys.balance.factor"]
+    with pytest.raises(UsageError, match="balance is fitted in both tiers"):
+        layer(f"{SELECT}kept.keys = {four}\nrest.keys = {two}").policies(KNOWN)
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])

@@ -50,8 +50,9 @@ def rows(
 ) -> list[Row]:
     """Measures a recipe whose layers select tokens at several shares, against dropping.
 
-    Each share is measured with the recipe's rest tier, with the rest dropped, and with dropping at
-    the smallest legal share that takes no fewer bytes than the recipe. Codecs that read fitted
+    First all tokens are stored as the rest is, a share of nothing. Each share is measured with the
+    recipe's rest tier, with the rest dropped, and with dropping at the smallest legal share that
+    takes no fewer bytes than the recipe. Codecs that read fitted
     tensors are fitted to the profile.
 
     Raises:
@@ -62,7 +63,10 @@ def rows(
     known = facts(model.config)
     policies = recipe.policies(known)
     _check(recipe, policies, profile)
-    cases = [case for share in shares for case in _cases(policies, known, share, sizes.context)]
+    told = next(" | ".join(map(str, dict.fromkeys(own.rest))) for own in policies if own.rest)
+    cases = [(0.0, told, tuple(map(unselected, policies)))]
+    for share in shares:
+        cases += _cases(policies, known, share, sizes.context, told)
     tokens = text_tokens(documents, tokenizer, sizes, "search")
     needs = frozenset[str]().union(*(policy.needs for policy in policies))
     bank = build(model, tokens, sizes.context, needs=needs)
@@ -93,11 +97,10 @@ def _check(recipe: Recipe, policies: Policies, profile: Profile | None) -> None:
 
 
 def _cases(
-    policies: Policies, known: Facts, share: float, context: int
+    policies: Policies, known: Facts, share: float, context: int, told: str
 ) -> list[tuple[float, str, Policies]]:
     stored = shared(policies, share)
     most = weigh(stored, known, context).bytes
-    told = next(" | ".join(map(str, dict.fromkeys(p.rest))) for p in policies if p.rest)
     cases = [(share, told, stored), (share, DROPPED, shared(policies, share, drop=True))]
     kind = next(type(policy.select) for policy in policies if policy.select)
     for other in parts.legal_values(kind, "share"):
@@ -105,6 +108,14 @@ def _cases(
         if weigh(dropped, known, context).bytes >= most:
             return [*cases, (float(other), EQUAL_BYTES, dropped)]
     return cases  # never reached: to keep all tokens in `kept` takes at least the bytes of a rest
+
+
+def unselected(policy: Policy) -> Policy:
+    """The policy under which all tokens that leave the window are stored as its rest is."""
+    if policy.rest is None:
+        return policy
+    keys, values = policy.rest
+    return Policy(sinks=policy.sinks, recent=policy.recent, keys=keys, values=values)
 
 
 def shared(policies: Policies, share: float, drop: bool = False) -> Policies:
