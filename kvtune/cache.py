@@ -89,6 +89,22 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
+    policies, tensors = resolved(recipe, model, force)
+    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
+    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
+    if not all(policy.is_dense for policy in policies):
+        model.set_attn_implementation(NAME)
+    return cache
+
+
+def resolved(
+    recipe: Recipe | Path | str, model: Any, force: bool = False
+) -> tuple[tuple[Policy, ...], Mapping[str, Tensor]]:
+    """One policy for each layer of a model, and the tensors that a recipe's codecs read, checked.
+
+    Raises:
+        IntegrityError, UsageError: see `load`.
+    """
     folder = None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
@@ -98,11 +114,7 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
     policies = recipe.policies(known)
     tensors = _tensors(recipe, folder, model)
     check(tensors, policies, known)
-    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
-    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
-    if not all(policy.is_dense for policy in policies):
-        model.set_attn_implementation(NAME)
-    return cache
+    return policies, tensors
 
 
 def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
