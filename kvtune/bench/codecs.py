@@ -80,7 +80,9 @@ def subject(
 
 def _calibrated(sizes: Sizes) -> Sizes:
     """Never more text than is measured on, so that a tiny run is a tiny run."""
-    return Sizes(*map(min, zip(CALIBRATED, sizes._replace(sequences=8), strict=True)))
+    return Sizes(
+        *map(min, zip(CALIBRATED, sizes._replace(sequences=CALIBRATED.sequences), strict=True))
+    )
 
 
 def with_biases(model: Any, tokenizer: Any, texts: Texts, sizes: Sizes) -> Any:

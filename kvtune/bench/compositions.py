@@ -137,6 +137,7 @@ FAMILIES = (
             Change("all: MiKV's codes", f"balance > {PER_TOKEN}", PER_TOKEN),
             Change("all: MixKVQ", f"promote share={ANY} group={ANY}", PER_TOKEN),
             Change("keys: KIVI", PER_CHANNEL, VALUES),
+            Change("keys: post-RoPE", f"derope > klt > {FILLED}", VALUES),
             Change("values: KIVI", KEYS, PER_TOKEN),
             Change("sinks", KEYS, VALUES, sinks=0),
             Change("window", KEYS, VALUES, recent=0),

@@ -83,6 +83,7 @@ class Frontier:
         self.model, self.bank, self.context, self._say = model, bank, context, say
         self._bench = Bench(model, bank)  # of rivals, which are many and share their sides
         self._known: dict[tuple[Policies, range], Measured] = {}
+        self._all = range(bank.tokens.shape[0])
 
     def point(self, name: str, path: Path, force: bool = False) -> Point:
         """Measures a recipe (a file or a folder) and its rivals.
@@ -94,7 +95,7 @@ class Frontier:
         policies, tensors = resolved(path, self.model, force)
         self._say(f"{name}: recipe", 0, 1)
         own = Bench(self.model, self.bank, find_ropes(self.model), partial(_own, tensors))
-        ours = self._measured(own, policies)
+        ours = self._measured(own, policies, self._all)
         self._say(f"{name}: recipe", 1, 1)
         found = within(rivals(policies, self.bank.facts, self.context), ours.bytes)
         best, kivi = self._best(name, found)
@@ -104,29 +105,28 @@ class Frontier:
 
     def _best(self, name: str, found: Sequence[Rival]) -> tuple[Rival, Measured]:
         """The rival of the least KL: a part of the text picks finalists, the whole decides."""
-        count = self.bank.tokens.shape[0]
-        some = range(-(-count // SCREENED))
+        some = self._all[: -(-len(self._all) // SCREENED)]
         held: dict[Rival, Measured] = {}
         for done, rival in enumerate(found, 1):
-            held[rival] = self._measured(self._bench, rival.policies, some)
+            held[rival] = self._rival(rival, some)
             self._say(f"{name}: rivals", done, len(found))
         last = sorted(found, key=lambda rival: held[rival].kl)[:FINALISTS]
         for done, rival in enumerate(last, 1):
-            held[rival] = self._measured(self._bench, rival.policies)
+            held[rival] = self._rival(rival, self._all)
             self._say(f"{name}: finalists", done, len(last))
         best = min(last, key=lambda rival: held[rival].kl)
         return best, held[best]
 
-    def _measured(self, bench: Bench, policies: Policies, rows: range | None = None) -> Measured:
-        rows = rows or range(self.bank.tokens.shape[0])
-        if bench is self._bench and (policies, rows) in self._known:
-            return self._known[policies, rows]
+    def _rival(self, rival: Rival, rows: range) -> Measured:
+        """A rival on some sequences, once for all recipes."""
+        if (rival.policies, rows) not in self._known:
+            self._known[rival.policies, rows] = self._measured(self._bench, rival.policies, rows)
+        return self._known[rival.policies, rows]
+
+    def _measured(self, bench: Bench, policies: Policies, rows: range) -> Measured:
         means = bench.measure(policies, memo=bench is self._bench, rows=rows).means()
         weight = weigh(policies, self.bank.facts, self.context)
-        found = Measured(policies, means["kl"], means["flips"], weight.bits, weight.bytes)
-        if bench is self._bench:
-            self._known[policies, rows] = found
-        return found
+        return Measured(policies, means["kl"], means["flips"], weight.bits, weight.bytes)
 
 
 def _own(tensors: Mapping[str, Tensor], layer: int, policy: Policy) -> dict[str, Tensor]:

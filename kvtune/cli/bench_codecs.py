@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvtune.bench.codecs import Cost
     from kvtune.bench.compositions import Row
     from kvtune.bench.frontier import Measured, Point
+    from kvtune.models import Facts
 
 Data = Annotated[
     str, typer.Option(metavar="TEXT", help="builtin, text or JSONL files, or hf:NAME[:SPLIT].")
@@ -78,14 +79,13 @@ def codecs(
     from kvtune.bank import Sizes
     from kvtune.bench.codecs import measure, subject, with_biases
     from kvtune.bench.compositions import rows
-    from kvtune.cli.job import bytes_context as counted
     from kvtune.cli.job import check_length, open_model, read_texts
     from kvtune.models import facts
 
     loaded, tokenizer = open_model(out, model, where)
     known = facts(loaded.config)
     check_length(known, context, continuation)
-    at, sizes = counted(out, known, _usual(bytes_context)), Sizes(sequences, context, continuation)
+    at, sizes = _counted(out, known, bytes_context), Sizes(sequences, context, continuation)
     texts = read_texts(Text(data, sequences, context), where)
     compositions = rows(known, at)
     perplexity: dict[str, float] = {}
@@ -122,8 +122,10 @@ def _codec_table(rows: list[Row], costs: dict[str, list[Cost]]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for column in ("without", "composition"):
         table.add_column(column)
-    for column in ("bits", *(("KL", "x", "flips") * len(costs))):
-        table.add_column(column, justify="right")
+    table.add_column("bits", justify="right")
+    for name in costs:
+        for column in (f"{name}: KL", "x", "flips"):
+            table.add_column(column, justify="right")
     for i, row in enumerate(rows):
         if not row.without and i:
             table.add_section()
@@ -160,7 +162,6 @@ def frontier(
     """
     from kvtune.bank import Sizes, build, text_tokens
     from kvtune.bench.frontier import Frontier
-    from kvtune.cli.job import bytes_context as counted
     from kvtune.cli.job import check_length, open_model, read_texts
     from kvtune.models import facts
     from kvtune.shipped import find
@@ -169,7 +170,7 @@ def frontier(
     loaded, tokenizer = open_model(out, model, where)
     known = facts(loaded.config)
     check_length(known, context, continuation)
-    at = counted(out, known, _usual(bytes_context))
+    at = _counted(out, known, bytes_context)
     sizes = Sizes(-(-positions // continuation), context, continuation)
     documents = read_texts(Text(data, sizes.sequences, context), where)["proof"]
     bank = build(loaded, text_tokens(documents, tokenizer, sizes, "proof"), context)
@@ -224,12 +225,12 @@ def _numbers(measured: Measured) -> tuple[str, str, str]:
     return f"{measured.bits:.3f}", f"{measured.kl:.5f}", f"{100 * measured.flips:.2f}%"
 
 
-def _usual(wanted: int | None) -> int:
-    """Equal bytes are those of a long cache, in which windows and bases hardly count; a model's
-    own length says nothing about that."""
-    from kvtune.cli.job import USUAL_BYTES_AT
+def _counted(out: Output, known: Facts, wanted: int | None) -> int:
+    """Where bytes are counted: equal bytes are those of a long cache, in which windows and bases
+    hardly count, so a model's own length does not bound what is usual."""
+    from kvtune.cli.job import USUAL_BYTES_AT, bytes_context
 
-    return wanted or USUAL_BYTES_AT
+    return bytes_context(out, known, wanted) if wanted else USUAL_BYTES_AT
 
 
 def _sizes(sizes: Sizes, at: int) -> dict[str, int]:
