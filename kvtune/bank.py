@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from kvtune.errors import UsageError
 from kvtune.models import Facts, facts
 from kvtune.placement import input_device
 from kvtune.texts import Document, sequences
+from kvtune.view import received
 
 
 class Sizes(NamedTuple):
@@ -41,7 +42,8 @@ class Bank:
 
     Each layer's tensors are on that layer's device, tokens and logp on the one that takes tokens.
     Full-attention layers hold the context's post-RoPE keys and values [N, H, C, D] and the queries
-    [N, Hq, W, D] of its last tokens; sliding layers stand as transformers left them.
+    [N, Hq, W, D] of its last tokens; sliding layers stand as transformers left them. The attention
+    [N, H, C] that each token of the context got is there where it was asked for.
     """
 
     tokens: Tensor  # [N, C + M + 1]; the last one is only a target
@@ -52,6 +54,7 @@ class Bank:
     queries: dict[int, Tensor]
     others: dict[int, Any]  # the cache layers that stay transformers' own
     logp: Tensor  # [N, M, V], log-probabilities of the dense model on the continuation
+    attention: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def continuation(self) -> int:
@@ -67,6 +70,15 @@ class Bank:
     def targets(self) -> Tensor:
         """The token after each of them [N, M]."""
         return self.tokens[:, self.context + 1 :]
+
+    def received(self, layer: int) -> Tensor:
+        """The attention [N, H, C] that the context's tokens got; UsageError when none was kept."""
+        if layer not in self.attention:
+            raise UsageError(
+                "The policy selects tokens by attention, which this bank did not sum up.",
+                'Build the bank with needs = {"attention"}.',
+            )
+        return self.attention[layer]
 
     def dense_layer(self, layer: int, rows: slice | list[int] = slice(None)) -> Any:
         """A stock cache layer that holds the context of the given sequences."""
@@ -91,9 +103,12 @@ def text_tokens(documents: list[Document], tokenizer: Any, sizes: Sizes, role: s
 class Recorder(DynamicLayer):
     """A dense layer that shows what passes: keys, values and queries as attention sees them."""
 
-    def __init__(self, show: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    def __init__(
+        self, show: Callable[[Tensor, Tensor, Tensor], None], sum_up: bool = False
+    ) -> None:
         super().__init__()
-        self._show = show
+        self._show, self._sum_up = show, sum_up
+        self.attention: Tensor | None = None  # [B, H, T] that the first tokens to come got
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -107,6 +122,8 @@ class Recorder(DynamicLayer):
     ) -> Tensor:
         """Answers query [B, Hq, n, D] exactly."""
         self._show(query, self.keys, self.values)
+        if self._sum_up:
+            self.attention, self._sum_up = received(query, self.keys, scale, softcap), False
         count = query.shape[2]
         seen = causal(count, self.keys.shape[2], query.device) if count > 1 else None
         return attend(query, self.keys, self.values, seen, scale, softcap)
@@ -114,7 +131,12 @@ class Recorder(DynamicLayer):
 
 @torch.no_grad()
 def build(
-    model: Any, tokens: Tensor, context: int, window: int = 16, observe: Observe | None = None
+    model: Any,
+    tokens: Tensor,
+    context: int,
+    window: int = 16,
+    observe: Observe | None = None,
+    needs: frozenset[str] = frozenset(),
 ) -> Bank:
     """Runs the dense model over tokens [N, C + M + 1], one
     sequence after the other to bound memory.
@@ -123,6 +145,7 @@ def build(
         context: C; M is what remains.
         window: W, how many of the context's last queries are kept per layer.
         observe: sees each layer's queries, keys and values of each context.
+        needs: what the policies to be measured need (`Policy.needs`): "attention" is summed up.
 
     Raises:
         UsageError: a context and continuation beyond the model's positions.
@@ -140,7 +163,7 @@ def build(
     logp = []
     for row in tokens.split(1):
         queries: dict[int, Tensor] = {}
-        cache = _recording(model, known, queries, window, observe)
+        cache = _recording(model, known, queries, window, observe, "attention" in needs)
         model(row[:, :context], past_key_values=cache, logits_to_keep=1)
         kept.append((queries, _context_of(cache)))
         out = model(row[:, context:-1], past_key_values=_dense(cache))
@@ -159,11 +182,21 @@ def build(
             if i not in full
         },
         torch.cat(logp),
+        {
+            i: torch.cat([cache.layers[i].attention for _, cache in kept])
+            for i in full
+            if "attention" in needs
+        },
     )
 
 
 def _recording(
-    model: Any, known: Facts, queries: dict[int, Tensor], window: int, observe: Observe | None
+    model: Any,
+    known: Facts,
+    queries: dict[int, Tensor],
+    window: int,
+    observe: Observe | None,
+    sum_up: bool,
 ) -> Cache:
     def shower(layer: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         def show(query: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -175,7 +208,7 @@ def _recording(
 
     layers = list(DynamicCache(config=model.config).layers)
     for index in known.compressible():
-        layers[index] = Recorder(shower(index))
+        layers[index] = Recorder(shower(index), sum_up)
     return Cache(layers=layers)
 
 

@@ -66,8 +66,9 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the allocator holds: codes, scales, zeros,
-        sinks, windows and slack, in all layers."""
-        return sum(_nbytes(layer) for layer in self.layers)
+        sinks, windows, slack and fitted tensors, in all layers."""
+        fitted = sum(x.untyped_storage().nbytes() for x in self._made_of[3].values())
+        return sum(_nbytes(layer) for layer in self.layers) + fitted
 
 
 def _nbytes(layer: Any) -> int:
@@ -77,8 +78,15 @@ def _nbytes(layer: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 
-def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> CompressedCache:
+def load(
+    recipe: Recipe | Path | str,
+    model: Any,
+    force: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> CompressedCache:
     """Returns an empty cache that applies a recipe (a Recipe, or a path) to a transformers model.
+
+    `tensors` are those that `fit` found, for a recipe that has no file of them beside it.
 
     Switches the model's attention to "kvtune" when a layer is compressed; other caches then work as
     before.
@@ -89,16 +97,19 @@ def load(recipe: Recipe | Path | str, model: Any, force: bool = False) -> Compre
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
-    policies, tensors = resolved(recipe, model, force)
+    policies, placed = resolved(recipe, model, force, tensors)
     needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
-    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
+    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, placed)
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
     return cache
 
 
 def resolved(
-    recipe: Recipe | Path | str, model: Any, force: bool = False
+    recipe: Recipe | Path | str,
+    model: Any,
+    force: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[tuple[Policy, ...], Mapping[str, Tensor]]:
     """One policy for each layer of a model, and the tensors that a recipe's codecs read, checked.
 
@@ -112,9 +123,9 @@ def resolved(
     check_model(recipe, model, force)
     known = facts(model.config)
     policies = recipe.policies(known)
-    tensors = _tensors(recipe, folder, model)
-    check(tensors, policies, known)
-    return policies, tensors
+    held = _artifact(recipe, folder) if tensors is None else tensors
+    check(held, policies, known)
+    return policies, _placed(held, model)
 
 
 def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
@@ -129,16 +140,19 @@ def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:
         )
 
 
-def _tensors(recipe: Recipe, folder: Path | None, model: Any) -> Mapping[str, Tensor]:
+def _artifact(recipe: Recipe, folder: Path | None) -> Mapping[str, Tensor]:
     if recipe.artifact is None:
         return {}
     if folder is None:
         raise IntegrityError("The recipe has tensors beside it: load it by its path.")
-    artifact = Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256)
-    # what belongs to a layer lives where that layer computes
+    return Artifact.load(folder / recipe.artifact.file, recipe.artifact.sha256).tensors
+
+
+def _placed(tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What belongs to a layer lives where that layer computes."""
     found, first = places(model), input_device(model)
     moved = {}
-    for name, tensor in artifact.tensors.items():
+    for name, tensor in tensors.items():
         layer = re.match(r"layer\.(\d+)\.", name)
         moved[name] = tensor.to(found.get(int(layer[1]), first) if layer else first)
     return moved
@@ -183,7 +197,8 @@ def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> t
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
     layer = make_layer(policy, sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim)))
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
-    layer.fill(x, x.clone())
+    got = torch.empty(x.shape[:3], device="meta")
+    layer.fill(x, x.clone(), got if "attention" in policy.needs else None)
     return layer.side_bytes
 
 

@@ -43,6 +43,9 @@ class Fitter:
                 for name, x in self.chain(layer, side, chain).items():
                     held = found.setdefault(f"layer.{layer}.{side}.{name}", torch.zeros_like(x))
                     held[rows] = x[rows]
+            if policy.rest:
+                rest = self.chain(layer, side, policy.rest[SIDES.index(side)])
+                found |= {f"layer.{layer}.{side}.{name}": x for name, x in rest.items()}
         return found
 
     def chain(self, layer: int, side: Side, chain: Chain) -> Tensors:

@@ -20,7 +20,7 @@ def blanks(layer: int, policy: Policy, kv_heads: int, head_dim: int) -> dict[str
     return {
         f"layer.{layer}.{side}.{name}": x
         for index, side in enumerate(("keys", "values"))
-        for chain in dict.fromkeys(pair[index] for pair in policy.pairs)
+        for chain in dict.fromkeys(pair[index] for pair in policy.tiers)
         for name, x in chain.blanks(kv_heads, head_dim).items()
     }
 

@@ -27,6 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvtune.attention import causal
 from kvtune.errors import UnsupportedError
+from kvtune.folded import Folded
+from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 
 
@@ -58,6 +60,7 @@ class Turn(NamedTuple):
     values: Tensor
     scale: float | None
     softcap: float | None
+    bias: Tensor | None = None  # [B, Hq, n], what is added to scaled logits before a softcap
 
 
 class FusedRows:
@@ -65,18 +68,22 @@ class FusedRows:
 
     Which tokens a query reads exactly depends on its position alone, as in `Rows`. A decoded token
     costs three launches whatever the rows' lengths: append (which also closes a page that has left
-    the window), attention and merge; the state they share lives on the device, so a step can be
-    captured in a CUDA graph once there is room (`reserve`).
+    the window), attention and merge, and two more where chains are folded; the state they share
+    lives on the device, so a step can be captured in a CUDA graph once there is room (`reserve`).
     """
 
     ragged = True
 
-    def __init__(self, policy: Policy, pads: list[int], workspace: Workspace) -> None:
+    def __init__(
+        self, policy: Policy, pads: list[int], workspace: Workspace,
+        sites: tuple[MakeSite, MakeSite] | None = None,
+    ) -> None:  # fmt: skip
         self.policy = policy
         self.pads = pads
         self.window = policy.window
         self.lengths = [Length(0) for _ in pads]
-        self._workspace = workspace
+        self._workspace, self._sites = workspace, sites
+        self._folded = Folded()
         self._packed: tuple[Packed, Packed]
         self._exact: Exact
         self._state: tuple[Tensor, Tensor]  # int32 [3, B] each: before a step, and after
@@ -87,13 +94,9 @@ class FusedRows:
         return max(length.seen for length in self.lengths)
 
     def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float | None,
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None,
         softcap: float | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Adds keys and values [B, H, n, D] and answers their queries [B, Hq, n, D].
 
         The first call takes the whole prompt, paddings included, and reads it exactly.
@@ -103,11 +106,16 @@ class FusedRows:
             out = self._prompt(turn)
             self.fill(keys, values)
             return out
-        return self._step(turn) if keys.shape[2] == 1 else self._chunk(turn)
+        bias = None if softcap is None else self._folded.bias(query, scale)
+        turn = Turn(*self._folded.enter(query, keys, values), scale, softcap, bias)
+        out = self._step(turn) if keys.shape[2] == 1 else self._chunk(turn)
+        return self._folded.leave(out)
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a prompt [B, H, T, D], paddings included, that was computed densely."""
         batch, heads, count, dim = keys.shape
+        self._folded = Folded.of(self.policy, self._sites, keys)
+        keys, values = self._folded.store(keys, values)
         self.lengths = [Length(count - pad) for pad in self.pads]
         tokens = max(self.window.due(length.seen) for length in self.lengths)
         self._packed = self._empty(tokens, keys)
@@ -120,7 +128,7 @@ class FusedRows:
             due = self.window.due(count - pad)
             for packed, x, is_keys in zip(self._packed, true, (True, False), strict=True):
                 paged = x[:, :, self.window.sinks : self.window.sinks + due]
-                encode_into(_rows(packed, rows), paged, 0, is_keys)
+                encode_into(packed.of_rows(rows), paged, 0, is_keys)
             self._keep(rows, true, due)
             for length in self.lengths[rows]:
                 length.closed = due
@@ -133,9 +141,9 @@ class FusedRows:
         sides = []
         held = (self._exact.keys, self._exact.values)
         for packed, exact, is_keys in zip(self._packed, held, (True, False), strict=True):
-            pages = decode(cut(packed, length.closed), is_keys, dtype)
+            pages = decode(cut(packed, length.closed), is_keys, dtype, exact.shape[-1])
             sides.append(torch.cat([exact[:, :, :sinks], pages, exact[:, :, slots]], 2))
-        return sides[0], sides[1]
+        return self._folded.restore(sides[0], sides[1])
 
     @property
     def exact(self) -> int:
@@ -158,7 +166,7 @@ class FusedRows:
         twin.lengths = [replace(self.lengths[row]) for row in rows.tolist()]
         paged = max(length.closed for length in twin.lengths)
         twin._packed = _both(cut(packed, paged) for packed in self._packed)
-        twin._packed = _both(_rows(packed, rows) for packed in twin._packed)
+        twin._packed = _both(packed.of_rows(rows) for packed in twin._packed)
         twin._exact = Exact(self._exact.keys[rows], self._exact.values[rows])
         twin._tell()
         return twin
@@ -171,7 +179,7 @@ class FusedRows:
         twin._packed = _both(cut(packed, paged) for packed in self._packed)
         if any(length.closed < paged for length in self.lengths):
             # a shorter row has room for pages of its own in what would be shared
-            twin._packed = _both(_cloned(packed) for packed in twin._packed)
+            twin._packed = _both(packed.clone() for packed in twin._packed)
         twin._exact = Exact(self._exact.keys.clone(), self._exact.values.clone())
         twin._tell()
         return twin
@@ -199,7 +207,7 @@ class FusedRows:
 
     def _prompt(self, turn: Turn) -> Tensor:
         """A prompt attends to itself exactly (as in KIVI, arXiv:2402.02750)."""
-        query, keys, values, scale, softcap = turn
+        query, keys, values, scale, softcap, _ = turn
         out = query.new_zeros(query.shape[0], query.shape[2], *query.shape[1::2]).transpose(1, 2)
         for rows, pad in _runs(self.pads):
             q, k, v = (x[rows, :, pad:] for x in (query, keys, values))
@@ -224,12 +232,12 @@ class FusedRows:
         append(turn.keys, turn.values, self._exact, *self._packed, before, after, self.window)
         return attend_packed(
             turn.query, *self._packed, self._exact, after, self.window, turn.scale, turn.softcap,
-            longest=longest, workspace=self._workspace, advance=before,
+            longest=longest, workspace=self._workspace, advance=before, bias=turn.bias,
         )  # fmt: skip
 
     def _chunk(self, turn: Turn) -> Tensor:
         """Several tokens a row: a wider ring holds them beside the window until they are paged."""
-        query, keys, values, scale, softcap = turn
+        query, keys, values, scale, softcap, bias = turn
         count = keys.shape[2]
         starts = [length.closed for length in self.lengths]
         ring = max(self._exact_of(length) for length in self.lengths) + count
@@ -251,7 +259,7 @@ class FusedRows:
         state = torch.tensor([seen, starts, closed], dtype=torch.int32, device=keys.device)
         out = attend_packed(
             query, *self._packed, wide, state, self.window, scale, softcap,
-            longest=max(closed), workspace=self._workspace,
+            longest=max(closed), workspace=self._workspace, bias=bias,
         )  # fmt: skip
         self._carry(wide, self._exact)
         self._tell()
@@ -310,8 +318,8 @@ class FusedRows:
         chains = (self.policy.keys, self.policy.values)
         formats = [chain.format(dim) for chain in chains]
         return _both(
-            Packed.empty(format, batch, heads, tokens, dim, like.device)
-            for format in formats
+            Packed.empty(format, batch, heads, tokens, dim, like.device, planes)
+            for format, planes in zip(formats, self._folded.planes, strict=True)
             if format is not None
         )
 
@@ -322,7 +330,9 @@ class FusedRows:
         self._state = (state, state.clone())
 
     def _twin(self, pads: list[int]) -> FusedRows:
-        return FusedRows(self.policy, pads, self._workspace)
+        twin = FusedRows(self.policy, pads, self._workspace, self._sites)
+        twin._folded = self._folded
+        return twin
 
 
 def _runs(pads: list[int]) -> Iterator[tuple[slice, int]]:
@@ -331,14 +341,6 @@ def _runs(pads: list[int]) -> Iterator[tuple[slice, int]]:
     for pad, same in itertools.groupby(pads):
         start, end = end, end + len(list(same))
         yield slice(start, end), pad
-
-
-def _rows(packed: Packed, rows: slice | Tensor) -> Packed:
-    return Packed(packed.codes[rows], packed.meta[rows], packed.format)
-
-
-def _cloned(packed: Packed) -> Packed:
-    return Packed(packed.codes.clone(), packed.meta.clone(), packed.format)
 
 
 def _both(sides: Iterator[Packed]) -> tuple[Packed, Packed]:

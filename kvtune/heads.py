@@ -75,7 +75,7 @@ class HeadedLayer(CompressedLayer):
             out[:, places] = part.attend(query[:, places], mask, scale, softcap)
         return out
 
-    def fill(self, keys: Tensor, values: Tensor) -> None:
+    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
         """Takes an unpadded context [B, H, T, D], as a prompt's forward would leave it."""
         self.begin(keys)
         for heads, part in self.parts:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from kvtune_kernels import Workspace
+from kvtune_kernels import Workspace, say_once
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -16,6 +16,7 @@ from kvtune.fused import FusedRows, serves
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
+from kvtune.tiers import Tiers
 
 
 class Group(NamedTuple):
@@ -23,7 +24,7 @@ class Group(NamedTuple):
 
     members: list[int]
     pads: list[int]  # padding tokens on the left of each
-    rows: Rows | FusedRows
+    rows: Rows | FusedRows | Tiers
 
 
 class Shared:
@@ -115,20 +116,24 @@ class CompressedLayer(CacheLayerMixin):
             out[members, :, skip:] = rows.attend(q, k, v, scale, softcap)
         return out
 
-    def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Takes an unpadded context [B, H, T, D] that was computed
-        densely, as a prompt's forward would leave it."""
+    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
+        """Takes an unpadded context [B, H, T, D] that was computed densely, as a prompt's forward
+        would leave it; `attention` [B, H, T] is what its tokens got, where a selector needs it."""
         self.begin(keys)
         with torch.cuda.device_of(keys):
             self._open(None, keys)
-            self.groups[0].rows.fill(keys, values)
+            rows = self.groups[0].rows
+            if isinstance(rows, Tiers):
+                rows.fill(keys, values, attention)
+            else:
+                rows.fill(keys, values)
 
     def begin(self, keys: Tensor) -> None:
         """Notes the dtype, device and length of a context [B, H, T, D] that is about to be held."""
         self.lazy_initialization(keys, keys)
         self.seen = keys.shape[2]
 
-    def hold(self, keys: Tensor, rows: Rows | FusedRows) -> None:
+    def hold(self, keys: Tensor, rows: Rows | FusedRows | Tiers) -> None:
         """Takes rows that hold an unpadded context, whose keys [B, H, T, D] are given, already."""
         self.begin(keys)
         batch = keys.shape[0]
@@ -231,14 +236,18 @@ class CompressedLayer(CacheLayerMixin):
                 f"A row of the first {length} tokens is all padding.",
                 "Prefill in larger chunks, or pad less.",
             )
-        if serves(self.policy, keys):
-            rows = FusedRows(self.policy, pads, self._shared.workspace)
+        selects = self.policy.select is not None
+        if selects and keys.is_cuda:
+            say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
+        if not selects and serves(self.policy, keys):
+            rows = FusedRows(self.policy, pads, self._shared.workspace, self._sites)
             self._groups.append(Group(list(range(batch)), pads, rows))
             return
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
             own = [pad] * len(members)
-            self._groups.append(Group(members, own, Rows(self.policy, self._sites)))
+            kind = Tiers if selects else Rows
+            self._groups.append(Group(members, own, kind(self.policy, self._sites)))
 
     def _pads(self) -> list[int]:
         by_row = {

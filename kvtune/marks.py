@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from kvtune.errors import suggest
 
 Setting = int | float | str | bool
 
@@ -119,3 +121,16 @@ class Tokens(NamedTuple):
         whole = {"type": "integer", "minimum": 0, "maximum": self.most}
         several = {"type": "array", "items": whole, "minItems": 1, "maxItems": MOST_OPENED}
         return {"anyOf": [whole, {"const": "search"}, {**several, "uniqueItems": True}]}
+
+
+def legal_values(cls: Any, name: str) -> tuple[Setting, ...]:
+    """All values that a setting's mark (OneOf, Between, Literal) allows; ValueError without."""
+    field = cls.model_fields.get(name)
+    if field is None:
+        raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
+    for mark in field.metadata:
+        if isinstance(mark, OneOf | Between):
+            return mark.legal()
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    raise ValueError(f"{cls.name()}.{name} has no mark that bounds it, so it cannot be searched")

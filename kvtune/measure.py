@@ -28,10 +28,11 @@ from kvtune.parts import Chain
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
+from kvtune.tiers import Tiers
 
 MEMO_BYTES = 400 << 20
 Fit = Callable[[int, Policy], Mapping[str, Tensor]]  # layer, policy -> the tensors that it reads
-Held = Side | FusedRows  # what is memoised: one side of some heads; both where kernels store them
+Held = Side | FusedRows | Tiers  # what is memoised: a side of some heads; both where they lie so
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,7 @@ class Bench:
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""
         made = self._empty(layer, policy)
-        made.fill(self.bank.keys[layer], self.bank.values[layer])
+        made.fill(self.bank.keys[layer], self.bank.values[layer], self._got(layer, policy))
         return made
 
     def _layer(self, index: int, policy: Policy, rows: list[int], memo: bool) -> Any:
@@ -194,11 +195,15 @@ class Bench:
                 part.hold(picked(whole, heads), self._rows(layer, heads, part.policy))
         return made
 
-    def _rows(self, layer: int, heads: tuple[int, ...], policy: Policy) -> Rows | FusedRows:
+    def _got(self, layer: int, policy: Policy) -> Tensor | None:
+        """The attention that a context's tokens got, where a policy's selector needs it."""
+        return self.bank.received(layer) if "attention" in policy.needs else None
+
+    def _rows(self, layer: int, heads: tuple[int, ...], policy: Policy) -> Rows | FusedRows | Tiers:
         keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
-        if serves(policy, keys):
-            whole = self._kept((layer, heads, policy), lambda: self._fused(layer, heads, policy))
-            assert isinstance(whole, FusedRows)
+        if policy.select is not None or serves(policy, keys):
+            whole = self._kept((layer, heads, policy), lambda: self._whole(layer, heads, policy))
+            assert not isinstance(whole, Side)
             return whole.fork()
         own, every = self._sites(layer, policy), tuple(range(self.bank.keys[layer].shape[1]))
         makers = own if heads == every else (narrowed(own[0], heads), narrowed(own[1], heads))
@@ -213,12 +218,12 @@ class Bench:
         rows.hold(sides[0], sides[1], keys.shape[2])
         return rows
 
-    def _fused(self, layer: int, heads: tuple[int, ...], policy: Policy) -> FusedRows:
+    def _whole(self, layer: int, heads: tuple[int, ...], policy: Policy) -> FusedRows | Tiers:
         keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
         made = self._empty(layer, policy)
-        made.fill(keys, values)
+        made.fill(keys, values, self._got(layer, policy))
         rows = made.groups[0].rows
-        assert isinstance(rows, FusedRows)
+        assert not isinstance(rows, Rows)
         return rows
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Held]) -> Held:

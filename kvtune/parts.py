@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from kvtune_kernels import Format
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from kvtune import discovery
 from kvtune.errors import UsageError, suggest
-from kvtune.marks import Between, OneOf, Setting
+from kvtune.marks import OneOf, Setting
+from kvtune.marks import legal_values as legal_values
 from kvtune.rope import Rope
 from kvtune.seen import Fold as Fold
 from kvtune.seen import Seen as Seen
 from kvtune.seen import joined
+from kvtune.view import View as View
 
 SEARCH = "search"  # the value that opens a setting in a template
 OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
+ANY = "any"  # the key of a table that stands in a template for one of several lists of parts
 Table = dict[str, Setting]
 
 
@@ -40,11 +43,9 @@ class Site:
 
 
 class Code(NamedTuple):
-    """What a codec stores: a body [B, H, T', *] that the next
-    codec of a chain may encode further, and its metadata.
+    """What is stored: a body [B, H, T', *], which a chain's next codec may encode, and metadata.
 
-    Axis 2 of every tensor runs along the tokens, in whole blocks, so that pages are appended by
-    concatenation.
+    Axis 2 of all tensors runs along the tokens, in whole blocks, so pages grow by concatenation.
     """
 
     body: Tensor
@@ -96,6 +97,10 @@ class Codec(Part):
         """The format in which GPU kernels read what is stored; None when they cannot."""
         return None
 
+    def planes(self, site: Site) -> Tensor | None:
+        """The digits of mixed bits, int32 [H, C], that `format` speaks of; None without any."""
+        return None
+
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
         """The map of a linear codec, on the device of its tensors (the CPU without any)."""
         raise NotImplementedError(f"{self.name()} is not linear")
@@ -131,14 +136,14 @@ class Projection(Codec):
 
 
 class Selector(Part):
-    """Scores which tokens win."""
+    """Scores which tokens win; `share` of those that leave the window do."""
 
     kind = "selector"
+    share: Annotated[float, OneOf(tuple(n / 20 for n in range(1, 21)))] = 0.2
 
     @abstractmethod
-    def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """Returns scores [B, H, T] in fp32 of keys and values [B,
-        H, T, D], larger = keep; queries [B, Hq, W, D]."""
+    def score(self, view: View) -> Tensor:
+        """Returns scores [B, H, T] of a view's tokens, in float32 at least, larger = keep."""
 
 
 class Merger(Part):
@@ -148,8 +153,7 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, won: Tensor, lost: Tensor) -> Tensor:
-        """Returns won [B, H, T, D] with lost [B, H, L, D] folded
-        in; without losers it is the identity."""
+        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in; as it is without losers."""
 
 
 class Sharer(Part):
@@ -205,8 +209,7 @@ class Chain:
         return frozenset[str]().union(*(codec.needs for codec in self.codecs))
 
     def format(self, head_dim: int) -> Format | None:
-        """As that of the codec that ends it, where all before it are linear, so that kernels can
-        fold them into queries and outputs."""
+        """As that of the last codec, where all before it are linear, so that kernels fold them."""
         if not self.codecs or not all(codec.linear for codec in self.codecs[:-1]):
             return None
         return self.codecs[-1].format(head_dim)
@@ -218,6 +221,10 @@ class Chain:
             own = codec.fold(site, heads, head_dim)
             found = own if found is None else joined(found, own)
         return found
+
+    def planes(self, site: Site) -> Tensor | None:
+        """As those of the last codec."""
+        return self.codecs[-1].planes(site) if self.codecs else None
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
@@ -270,8 +277,7 @@ def find(name: str) -> type[Part]:
     """Returns the part that the file `methods/<name>.py` defines.
 
     Raises:
-        UsageError: no such file. Only names of existing files resolve, since recipes come from
-        strangers.
+        UsageError: no such file; only those resolve, since recipes come from strangers.
     """
     found: type[Part] = discovery.find("methods", name, Part, "method", "parts")
     return found
@@ -293,7 +299,7 @@ def parse(table: Mapping[str, Any]) -> Part:
 
 def is_open(table: Mapping[str, Any]) -> bool:
     """True when a table leaves a setting, or whether its part is there, to a search."""
-    return OPTIONAL in table or SEARCH in table.values()
+    return OPTIONAL in table or ANY in table or SEARCH in table.values()
 
 
 def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
@@ -315,20 +321,6 @@ def choices(table: Mapping[str, Any]) -> Iterator[Part | None]:
         yield parse({**closed, **dict(zip(opened, values, strict=True))})
     if optional:
         yield None
-
-
-def legal_values(cls: type[Part], name: str) -> tuple[Setting, ...]:
-    """All values that a setting's mark (OneOf, Between, or a
-    Literal type) allows; ValueError without one."""
-    field = cls.model_fields.get(name)
-    if field is None:
-        raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
-    for mark in field.metadata:
-        if isinstance(mark, OneOf | Between):
-            return mark.legal()
-    if get_origin(field.annotation) is Literal:
-        return get_args(field.annotation)
-    raise ValueError(f"{cls.name()}.{name} has no mark that bounds it, so it cannot be searched")
 
 
 def _class_of(settings: dict[str, Any]) -> type[Part]:

@@ -43,11 +43,11 @@ class PlaneQuantizer(Quantizer):
         return max(PAGE, self.tokens)
 
     def check(self, head_dim: int, side: str) -> None:
-        """Planes fill the words that kernels read."""
-        if self.planes_of(head_dim) % 16 or head_dim % 8:
+        """Planes fill whole bytes (kernels want a multiple of 16)."""
+        if self.planes_of(head_dim) % 8 or head_dim % 8:
             raise ValueError(
                 f"{self.name()} would store {self.planes_of(head_dim)} planes for head_dim "
-                f"{head_dim}: they must be a multiple of 16"
+                f"{head_dim}: they must be a multiple of 8"
             )
 
     def format(self, head_dim: int) -> Format:

@@ -1,145 +1,24 @@
-"""Policies: what a recipe asks of a span of layers, and what one layer does once resolved."""
+"""Policies: what one layer does, resolved from the entries of a recipe."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, Self
 
 from kvtune_kernels import Window
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
 from pydantic import PlainSerializer as Serializer
+from pydantic import model_validator
 
 from kvtune import parts
+from kvtune.entries import DROP, HeadEntry
+from kvtune.entries import LayerPolicy as LayerPolicy
+from kvtune.entries import Record as Record
+from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
-from kvtune.marks import Tokens
-from kvtune.parts import SEARCH, Chain, Codec
-from kvtune.spans import check, resolve, write
-
-# what "search" opens; fewer exact tokens than these are hardly cheaper
-SINKS = Tokens(1024, (0, 4, 16))
-RECENT = Tokens(65536, (32, 64, 128, 256))
-
-
-class Record(BaseModel):
-    """A frozen table of a recipe, in which unknown keys and other types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def _tables(value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
-        raise ValueError('expected a list of parts such as [{ use = "affine", bits = 4 }]')
-    for table in value:
-        first = next(parts.choices(table))
-        if not isinstance(first, Codec):
-            kind = "nothing" if first is None else f"a {first.kind}"
-            raise ValueError(f"{table.get('use')} is {kind}; keys and values take codecs")
-    return tuple(dict(table) for table in value)
-
-
-def as_tuple(value: Any) -> Any:
-    """Returns lists as tuples: TOML knows lists only."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _sound(span: str) -> str:
-    try:
-        check(span)
-    except UsageError as error:
-        raise ValueError(str(error).removesuffix(".")) from None
-    return span
-
-
-# the schema's branches, one for each method, are put in when they are asked for, not on import
-Tables = Annotated[
-    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"type": "array"})
-]
-Span = Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
-
-
-class Tier(Record):
-    """How the tokens that have left the window are stored."""
-
-    keys: Tables = ()
-    values: Tables = ()
-
-    def is_open(self) -> bool:
-        """True when a setting, or whether a codec is there, is left to a search."""
-        return any(parts.is_open(table) for table in (*self.keys, *self.values))
-
-    def chains(self) -> tuple[Chain, Chain]:
-        """The chains of keys and of values; ValueError for open tables."""
-        return _chain(self.keys), _chain(self.values)
-
-    @classmethod
-    def of(cls, keys: Chain, values: Chain) -> Tier:
-        """The tables of two chains."""
-        return cls(keys=tuple(keys.tables()), values=tuple(values.tables()))
-
-
-class HeadEntry(Record):
-    """Some kv heads of a layer ("0, 2", "first 1") that are stored in a way of their own."""
-
-    span: Span
-    kept: Tier = Tier()
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, str) and value != SEARCH:
-        raise ValueError('heads is a list of tables, or "search"')
-    return as_tuple(value)
-
-
-Heads = Annotated[tuple[HeadEntry, ...] | Literal["search"], BeforeValidator(_listed)]
-
-
-class LayerPolicy(Record):
-    """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7")."""
-
-    span: Span
-    sinks: Annotated[int | Literal["search"] | tuple[int, ...], SINKS] = 0
-    recent: Annotated[int | Literal["search"] | tuple[int, ...], RECENT] = 0
-    kept: Tier = Tier()
-    heads: Heads = ()
-
-    def is_open(self) -> bool:
-        """True when a setting, a window, a codec or the choice of heads is left to a search."""
-        windowed = not isinstance(self.sinks, int) or not isinstance(self.recent, int)
-        return windowed or self.per_head or self.kept.is_open()
-
-    @property
-    def per_head(self) -> bool:
-        """True when a search may treat the kv heads of a layer differently."""
-        return self.heads == SEARCH
-
-    def windows(self) -> tuple[tuple[int, int], ...]:
-        """All pairs (sinks, recent) that are opened; one pair when no window is open."""
-        return tuple(itertools.product(SINKS.opened(self.sinks), RECENT.opened(self.recent)))
-
-    @model_validator(mode="after")
-    def _heads_are_closed(self) -> Self:
-        named = () if isinstance(self.heads, str) else self.heads
-        if any(entry.kept.is_open() for entry in named) or (named and self.is_open()):
-            raise ValueError(
-                'a layer that lists heads opens nothing: write heads = "search", or close it'
-            )
-        return self
-
-
-def _chain(tables: tuple[dict[str, Any], ...]) -> Chain:
-    codecs = [parts.parse(table) for table in tables]
-    return Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
-
+from kvtune.parts import Chain, Selector
+from kvtune.spans import resolve, write
+from kvtune.splits import Split, smallest
 
 Written = Annotated[Chain, Serializer(str)]
 
@@ -157,7 +36,8 @@ class Policy(Record):
     hashable, so encoded tiers can be memoised.
 
     `heads` is empty when all kv heads are alike. Otherwise it holds every kv head once, equal ones
-    together, and `keys` and `values` are those of the largest group.
+    together, and `keys` and `values` are those of the largest group. With `select`, `keys` and
+    `values` store the tokens that win, and `rest` the others; without `rest` these are dropped.
     """
 
     sinks: int = 0
@@ -165,6 +45,8 @@ class Policy(Record):
     keys: Written = Chain()
     values: Written = Chain()
     heads: tuple[HeadGroup, ...] = ()
+    select: Annotated[Selector, Serializer(str)] | None = None
+    rest: tuple[Written, Written] | None = None  # keys and values
 
     @classmethod
     def by_head(cls, sinks: int, recent: int, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
@@ -182,6 +64,8 @@ class Policy(Record):
         named = sorted(head for group in self.heads for head in group.heads)
         if named != list(range(len(named))):
             raise ValueError("the heads of a policy are all kv heads, each once")
+        if (self.select is None and self.rest) or (self.select and self.heads):
+            raise ValueError("a rest has a selector, and a selector treats all heads alike")
         return self
 
     def parts(self) -> tuple[tuple[tuple[int, ...], Policy], ...]:
@@ -200,23 +84,44 @@ class Policy(Record):
     @property
     def chains(self) -> tuple[Chain, ...]:
         """Every chain of the layer, each once."""
-        return tuple(dict.fromkeys(chain for pair in self.pairs for chain in pair))
+        return tuple(dict.fromkeys(chain for pair in self.tiers for chain in pair))
+
+    @property
+    def tiers(self) -> tuple[tuple[Chain, Chain], ...]:
+        """As `pairs`, and then keys and values of the rest, where it is stored."""
+        return (*self.pairs, *((self.rest,) if self.rest else ()))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the parts need of the layer and its sites."""
+        own = self.select.needs if self.select else frozenset[str]()
+        return own.union(*(chain.needs for chain in self.chains))
 
     @property
     def payload_bits(self) -> float:
         """Mean code bits per cached value, metadata and windows not counted."""
-        found = [chain.payload_bits for pair in self.pairs for chain in pair]
-        return sum(found) / len(found)
+        found = _mean_bits(chain for pair in self.pairs for chain in pair)
+        if (split := self.split) is None:
+            return found
+        return (split.kept * found + split.rest * _mean_bits(self.rest or ())) / split.block
+
+    @property
+    def split(self) -> Split | None:
+        """How many tokens of each block win, and how many do not; None without a selector."""
+        if self.select is None:
+            return None
+        blocks = [_blocks(pair) for pair in ((self.keys, self.values), self.rest or ())]
+        return smallest(self.select.share, *blocks)
 
     @property
     def block(self) -> int:
-        """Tokens that move into the tier together; of heads that differ, where all have moved."""
-        return math.lcm(*(chain.block for chain in self.chains))
+        """Tokens that move into the tiers together; of heads that differ, where all have moved."""
+        return self.split.block if self.split else _blocks(self.chains)
 
     @property
     def is_dense(self) -> bool:
         """True when nothing is compressed."""
-        return not any(chain.codecs for chain in self.chains)
+        return self.select is None and not any(chain.codecs for chain in self.chains)
 
     @property
     def window(self) -> Window:
@@ -229,22 +134,35 @@ class Policy(Record):
 
     def check(self, head_dim: int, layer: int) -> None:
         """Raises UsageError when a chain does not fit heads of this size."""
-        for pair in dict.fromkeys(self.pairs):
+        found = [("", pair) for pair in dict.fromkeys(self.pairs)]
+        for tier, pair in (*found, *((("rest ", self.rest),) if self.rest else ())):
             for side, chain in zip(("keys", "values"), pair, strict=True):
                 try:
                     chain.check(head_dim, side)
                 except ValueError as error:
-                    raise UsageError(f"layer {layer}, {side}: {error}.") from None
+                    raise UsageError(f"layer {layer}, {tier}{side}: {error}.") from None
+
+
+def _mean_bits(chains: Iterable[Chain]) -> float:
+    found = [chain.payload_bits for chain in chains]
+    return sum(found) / max(1, len(found))
+
+
+def _blocks(chains: Iterable[Chain]) -> int:
+    return math.lcm(*(chain.block for chain in chains))
 
 
 def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
     """Returns what a closed entry asks of a layer with so many kv heads; `where` is for errors.
 
     Raises:
-        UsageError: heads that the layer does not have, or a head named twice.
+        UsageError: heads that the layer does not have, or a head named twice; a codec that reads
+        positions in a layer that selects tokens.
     """
     named = entry.heads if isinstance(entry.heads, tuple) else ()
     ((sinks, recent),) = entry.windows()
+    if entry.select is not None:
+        return _selecting(entry, where)
     if not named:
         keys, values = entry.kept.chains()
         return Policy(sinks=sinks, recent=recent, keys=keys, values=values)
@@ -256,6 +174,32 @@ def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
     return Policy.by_head(sinks, recent, [pairs[index] for index in owner])
 
 
+def _selecting(entry: LayerPolicy, where: str) -> Policy:
+    ((sinks, recent),) = entry.windows()
+    keys, values = entry.kept.chains()
+    rest = entry.rest.chains() if isinstance(entry.rest, Tier) else None
+    for side, other in zip((keys, values), rest or (), strict=False):
+        twice = {codec.name() for codec in side.codecs if codec.fits}.intersection(
+            codec.name() for codec in other.codecs if codec.fits
+        )
+        if twice and side != other:
+            raise UsageError(
+                f"{where}: {min(twice)} is fitted in both tiers, and a side has its tensors once.",
+                "Let both tiers have the same chain, or leave it out of one.",
+            )
+    for chain in (keys, values, *(rest or ())):
+        if odd := [codec.name() for codec in chain.codecs if "rope" in codec.needs]:
+            raise UsageError(
+                f"{where}: {odd[0]} turns tokens by their positions, and in a layer that selects "
+                "tokens these differ from head to head.",
+                f"Leave {odd[0]} or select out.",
+            )
+    select = parts.parse(entry.select or {})
+    assert isinstance(select, Selector), "the entry was checked"
+    made: dict[str, Any] = {"sinks": sinks, "recent": recent, "keys": keys, "values": values}
+    return Policy(**made, select=select, rest=rest)
+
+
 def to_entry(policy: Policy, span: str) -> LayerPolicy:
     """Returns the entry of a recipe that asks for a policy, the inverse of `to_policy`."""
     base = (policy.keys, policy.values)
@@ -264,5 +208,8 @@ def to_entry(policy: Policy, span: str) -> LayerPolicy:
         for group in policy.heads
         if (group.keys, group.values) != base
     )
-    kept = Tier.of(*base)
-    return LayerPolicy(span=span, sinks=policy.sinks, recent=policy.recent, kept=kept, heads=heads)
+    made: dict[str, Any] = {"sinks": policy.sinks, "recent": policy.recent, "kept": Tier.of(*base)}
+    if policy.select is not None:
+        made["select"] = policy.select.table()
+        made["rest"] = Tier.of(*policy.rest) if policy.rest else DROP
+    return LayerPolicy(span=span, heads=heads, **made)

@@ -12,22 +12,23 @@ import tomli_w
 from pydantic import BeforeValidator, Field, ValidationError
 
 from kvtune import parts
+from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
-from kvtune.parts import OPTIONAL, SEARCH, Codec
-from kvtune.policy import HeadEntry, Record, as_tuple, to_policy
+from kvtune.parts import ANY, OPTIONAL, SEARCH, Codec, Selector
 from kvtune.policy import LayerPolicy as LayerPolicy
 from kvtune.policy import Policy as Policy
 from kvtune.policy import Tier as Tier
 from kvtune.policy import to_entry as to_entry
+from kvtune.policy import to_policy
 from kvtune.spans import resolve
 
 FORMAT = 1
 MAX_BYTES = 1 << 20  # a recipe is small; anything larger is not read
 DEEPEST = 16  # levels of [measured]
 RECIPE_FILE = "recipe.toml"
-UNION = "tuple[HeadEntry, ...]"  # pydantic's name of a branch, which is no place in a file
+UNIONS = ("tuple[HeadEntry, ...]", "Tier")  # pydantic's names of branches: no places in a file
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -50,7 +51,22 @@ def _codecs_schema() -> dict[str, Any]:
             branch["properties"] = {**own, **fields}
             branch["required"] = ["use"]
             branches.append(branch)
-    return {"type": "array", "items": {"oneOf": branches}}
+    one = {"oneOf": branches}
+    several = {"type": "array", "minItems": 1, "items": {"type": "array", "items": one}}
+    either: dict[str, Any] = {"type": "object", "properties": {ANY: several}, "required": [ANY]}
+    either["additionalProperties"] = False
+    return {"type": "array", "items": {"oneOf": [*branches, either]}}
+
+
+def _selectors_schema() -> dict[str, Any]:
+    """JSON Schema of a selector's table."""
+    branches = []
+    for cls in (parts.find(name) for name in parts.names()):
+        if issubclass(cls, Selector):
+            branch = cls.model_json_schema()
+            branch["properties"] = {"use": {"const": cls.name()}, **branch.get("properties", {})}
+            branches.append({**branch, "required": ["use"]})
+    return {"oneOf": branches}
 
 
 class ModelBinding(Record):
@@ -169,6 +185,8 @@ def schema() -> dict[str, Any]:
     definitions["Codecs"] = _codecs_schema()
     for side in ("keys", "values"):
         definitions["Tier"]["properties"][side] = {"$ref": "#/$defs/Codecs"}
+    definitions["Selectors"] = _selectors_schema()
+    definitions["LayerPolicy"]["properties"]["select"] = {"$ref": "#/$defs/Selectors"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 
@@ -182,7 +200,7 @@ def _check_plain(recipe: Recipe, where: str) -> None:
     """Checks what the field types cannot say: file names, spans, finite evidence."""
     if recipe.artifact and not _FILE_NAME.fullmatch(recipe.artifact.file):
         raise IntegrityError(
-            f"{where}: artifact.file {recipe.artifact.file!r} is not a plain file name."
+            f"{where}: artifact.file {_brief(recipe.artifact.file)!r} is not a plain file name."
         )
     if problem := _unfit(recipe.measured):
         raise IntegrityError(f"{where}: [measured] holds {problem}.")
@@ -212,7 +230,7 @@ def _unfit(value: Any, depth: int = 0) -> str:
 
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != UNION)
+    place = ".".join(str(part) for part in first["loc"] if part not in UNIONS)
     if first["type"] == "extra_forbidden":
         key, known = str(first["loc"][-1]), _fields_at(first["loc"][:-1])
         place = _brief(place)
@@ -233,6 +251,6 @@ def _fields_at(place: tuple[int | str, ...]) -> tuple[str, ...]:
     )
     if "heads" in place:
         model = HeadEntry
-    if "kept" in place:
+    if "kept" in place or "rest" in place:
         model = Tier
     return tuple(model.model_fields) if model else ()

@@ -17,7 +17,7 @@ class Fold(NamedTuple):
     to one.
     """
 
-    shift: Tensor  # [H, D], float32
+    shift: Tensor  # [H, D]
     turn: Tensor  # [H, D, D]
     back: Tensor  # [H, D, D], the inverse of turn
 
@@ -56,5 +56,6 @@ class Seen:
 
 def joined(first: Fold, then: Fold) -> Fold:
     """One map in place of two."""
+    first, then = (Fold(*(part.float() for part in own)) for own in (first, then))
     shift = first.shift + torch.einsum("hd,hde->he", then.shift, first.back)
     return Fold(shift, first.turn @ then.turn, then.back @ first.back)

@@ -75,6 +75,11 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
             f"Layers {closed[0]} list their heads in a template, which searches layers as a whole.",
             'Write heads = "search" there, or leave the heads out.',
         )
+    if selecting := [own.span for own in template.layers if own.select is not None]:
+        raise UsageError(
+            f"Layers {selecting[0]} select tokens in a template, which searches codecs only.",
+            "Leave select out there, or measure such recipes with `kvtune bench tiers`.",
+        )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
     layers = {i: template.layers[owner[i]] for i in known.compressible()}
     sides = {
@@ -113,17 +118,24 @@ def _fitting(
     tables: Sequence[dict[str, Any]], head_dim: int, side: Side, layer: int
 ) -> tuple[Chain, ...]:
     fits, reason = [], ""
-    for codecs in itertools.product(*(list(parts.choices(table)) for table in tables)):
-        chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
-        try:
-            chain.check(head_dim, side)
-        except ValueError as error:
-            reason = str(error)
-        else:
-            fits.append(chain)
+    for own in _alternatives(tables):
+        for codecs in itertools.product(*(list(parts.choices(table)) for table in own)):
+            chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
+            try:
+                chain.check(head_dim, side)
+            except ValueError as error:
+                reason = str(error)
+            else:
+                fits.append(chain)
     if not fits:
         raise UsageError(f"No setting of layer {layer}'s {side} fits the model: {reason}.")
     return tuple(dict.fromkeys(fits))
+
+
+def _alternatives(tables: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """All lists of tables that a list with alternatives (`any = [[...], [...]]`) stands for."""
+    each = [table.get(parts.ANY, [[table]]) for table in tables]
+    return [list(itertools.chain.from_iterable(lists)) for lists in itertools.product(*each)]
 
 
 def to_recipe(policies: dict[int, Policy], layers: int, **fields: Any) -> Recipe:

@@ -6,15 +6,12 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvtune.parts import Code, Codec, Fold, Site
 
-_folds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 class Turn(Codec):
-    """Stores (x - shift) @ turn, and keeps nothing of its own but fitted tensors.
+    """Stores (x - shift) @ turn, and keeps nothing of its own but fitted tensors, in 16 bits.
 
     Codes are made of what float64 gives: how many tokens are turned at once moves no code.
     """
@@ -24,17 +21,14 @@ class Turn(Codec):
 
     @abstractmethod
     def made(self, tensors: dict[str, Tensor]) -> Fold:
-        """The map, in float64, of the fitted tensors by their names."""
+        """The map of the fitted tensors by their names: views of them, where they are matrices."""
 
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
-        """The map, which is made once for each set of tensors."""
+        """The map."""
         stem = f"{self.name()}."
-        own = {k.removeprefix(stem): x for k, x in site.tensors.items() if k.startswith(stem)}
-        first = next(iter(own.values()))
-        if first not in _folds:
-            _folds[first] = Fold(*(part.float() for part in self.made(own)))
-        found: Fold = _folds[first]
-        return found
+        return self.made(
+            {k.removeprefix(stem): x for k, x in site.tensors.items() if k.startswith(stem)}
+        )
 
     def encode(self, x: Tensor, site: Site) -> Code:
         """Returns the turned x [B, H, T, D], in the dtype of x but at least in 32 bits."""
@@ -46,4 +40,4 @@ class Turn(Codec):
         """Returns x [B, H, T, D], turned back."""
         y = code.body.float()
         shift, _, back = self.fold(site, y.shape[1], y.shape[-1])
-        return (y @ back + shift[:, None]).to(site.dtype)
+        return (y @ back.float() + shift.float()[:, None]).to(site.dtype)

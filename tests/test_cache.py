@@ -17,6 +17,7 @@ from kvtune.cache import load
 from kvtune.layer import CompressedLayer
 from kvtune.models import facts
 from kvtune.parts import Code, Codec, Site
+from kvtune.policy import Policy
 
 MORE = 58  # tokens after a prompt
 STEPS = [1] * MORE
@@ -39,12 +40,27 @@ def prompt_of(cache: Any) -> int:
 def stored(layer: CompressedLayer) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor of the pages of a layer, with its name."""
     for number, (_, _, rows) in enumerate(layer.groups):
-        for side, pages in (("keys", rows.keys), ("values", rows.values)):
+        tiers = rows.tiers if layer.policy.select else [(rows.keys, rows.values)]
+        for side, pages in (
+            (f"{n}.{side}", tier[side]) for n, tier in enumerate(tiers) for side in (0, 1)
+        ):
             if pages._body is None:
                 continue
             held = [pages._body, *(grown for more in pages._sides for grown in more)]
             for index, grown in enumerate(held):
                 yield f"{number}.{side}.{index}", grown.tensor
+
+
+def paged(policy: Policy, every: tuple[int, ...], count: int) -> Iterator[tuple[Any, ...]]:
+    """Yields the heads, the chains and the length of each tier behind `count` tokens."""
+    if policy.split is None:
+        for heads, own in policy.parts() or ((every, policy),):
+            yield heads, (own.keys, own.values), own.due(count)
+        return
+    blocks = policy.due(count) // policy.block
+    yield every, (policy.keys, policy.values), blocks * policy.split.kept
+    if policy.rest:
+        yield every, policy.rest, blocks * policy.split.rest
 
 
 def snapshot(cache: Any) -> dict[tuple[int, str], Tensor]:
@@ -210,12 +226,12 @@ def test_each_token_is_encoded_once_at_its_true_index(
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, CompressedLayer):
             every = tuple(range(facts(model.config).layers[index].kv_heads))
-            for heads, own in layer.policy.parts() or ((every, layer.policy),):
-                assert own.due(count) > 0
-                paged = range(own.sinks, own.sinks + own.due(count))
-                for side in ("keys", "values"):
-                    for codec in getattr(own, side).codecs:
-                        for position in paged:
+            for heads, chains, length in paged(layer.policy, every, count):
+                assert length > 0
+                first = layer.policy.sinks  # of a tier to which tokens are selected: its places
+                for side, chain in zip(("keys", "values"), chains, strict=True):
+                    for codec in chain.codecs:
+                        for position in range(first, first + length):
                             expected[index, side, codec.name(), position] += len(heads)
     assert encoded == expected
 

@@ -17,14 +17,16 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "errors haystack owners halving",
+    "errors haystack owners halving splits view",
     "discovery files goal knapsack marks orthogonal placement rope seen spans",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
-    "intervals leases models pages planes policy levels table turning turns bench.kernels",
-    "attention fitted recipe workers methods.* tasks.* bench.latency",
+    "entries intervals leases levels models pages planes table turning turns bench.kernels",
+    "policy",
+    "attention fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space",
+    "tiers",
     "growth kvtuner layer profile speed",
     "fit heads",
     "cache",
@@ -33,7 +35,7 @@ FLOORS = (
     "distortion layout prices prove",
     "baseline biased calibrate front search",
     "publish suite",
-    "bench bench.compositions bench.trials tune",
+    "bench bench.compositions bench.tiers bench.trials tune",
     "bench.codecs bench.duel bench.frontier bench.scaling bench.whole",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.spectra",
@@ -50,7 +52,7 @@ FLOORS = (
     "cli.checks",
     "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search",
     "cli.tune",
-    "cli.bench_codecs cli.bench_search",
+    "cli.bench_codecs cli.bench_search cli.bench_tiers",
     "cli",
     "__main__",
 )

@@ -50,7 +50,6 @@ FULL = {
 }
 SHIPPED = {
     "kvtuner-llama-3.1-8b-kivi-3.25": "llama kivi 4_1",
-    "kvtuner-mistral-7b-pertoken-3.78": "mistral pertoken 4_1",
 }
 
 

@@ -82,7 +82,7 @@ def test_a_spread_model_measures_what_the_whole_one_does(
         priced = prices.table(bench, cells, prices.pulls(model, bank, 0), lambda *_: None)
         trial = bench.measure(policies)
         proof = by_generation(model, load(recipe, model), bank, 8)
-        own = {**moments.tensors(), **attention_mass(bank)}
+        own = {**moments.tensors(CONTEXT), **attention_mass(bank)}
         found.append(
             {"bank": bank.logp, "prices": priced, "kl": trial.kl, "proof": proof.kl, **own}
         )

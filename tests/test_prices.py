@@ -81,7 +81,7 @@ def test_more_bits_never_distort_more(bench: Bench, template: Recipe) -> None:
 def test_moments_are_those_of_pre_rope_keys(llama: Any, draw: Any) -> None:
     moments = Moments(ropes(llama))
     bank = build(llama, draw(3, CONTEXT + MORE + 1), CONTEXT, observe=moments.observe)
-    found = moments.tensors()
+    found = moments.tensors(CONTEXT)
     rope = ropes(llama)[0]
     plain = rope.unturn(bank.keys[1], torch.arange(CONTEXT))
     expected = torch.einsum("bhtd,bhte->hde", plain, plain) / (3 * CONTEXT)

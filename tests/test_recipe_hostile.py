@@ -44,6 +44,23 @@ kept.values = [{ use = "hadamard", optional = true }, { use = "affine", bits = "
 [measured]
 kl = 0.01
 """ % (b"0" * 64, b"0" * 64)
+SELECTING = b"""kvtune = 1
+[[layers]]
+span = "first 2"
+recent = 64
+select = { use = "attention", share = 0.2 }
+rest = "drop"
+[[layers]]
+span = "rest"
+sinks = 4
+kept.keys = [{ use = "affine", bits = 8, group = "head" }]
+[layers.select]
+use = "attention"
+share = 0.25
+[layers.rest]
+keys = [{ use = "hadamard" }, { use = "affine", bits = 2 }]
+values = [{ use = "affine", bits = 2, group = 32 }]
+"""
 VALUES = (
     *(b"nan", b"inf", b"-inf", b"-1", b"0", b"1e999", b"9" * 30, b"9" * 5000, b"0x7fffffff"),
     *(b"1979-05-27T07:32:00Z", b"true", b"[]", b"{}", b'""', b'"search"', b'["search"]', b"[4, 4]"),
@@ -58,6 +75,8 @@ LINES = (
     *(b"sinks = [0, 4, 16]", b"recent = [64, 128]", b"optional = true", b"a.b.c.d.e = 1"),
     *(b"kept.keys = [{ use = 'affine', optional = 'search' }]", b"[measured.x.y.z]", b"\x00"),
     b"kept = { keys = [{ use = 'hadamard', optional = false }] }",
+    *(b"rest = { keys = 3 }", b"select = { use = 'affine' }", b"rest = [1]", b"select = [[]]"),
+    *(b"select = { use = 'attention', share = 'search' }", b"[layers.rest.rest]", b"rest = nan"),
 )
 
 Draw = random.Random
@@ -116,6 +135,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, shipped: dict[str, Path]) 
     seeds = [path.read_bytes() for path in shipped.values()]
     # a recipe is not larger for having many layers: its first ones stand for the rest
     sources = [*(seed if len(seed) < 3000 else seed[:3000] for seed in seeds), HEADED, HEADED]
+    sources += [SELECTING, SELECTING]
     draw, files = random.Random(7), []
     for index in range(FILES):
         text = draw.choice(sources)

@@ -12,12 +12,14 @@ from kvtune_kernels.launch import (
     say_once,
     unsupported,
 )
+from kvtune_kernels.maps import Map, turn
 from kvtune_kernels.reference import attend, cut, decode, encode
 
 __all__ = [
     "PAGE",
     "Exact",
     "Format",
+    "Map",
     "Packed",
     "Window",
     "Workspace",
@@ -32,5 +34,6 @@ __all__ = [
     "plane_table",
     "runs_triton",
     "say_once",
+    "turn",
     "unsupported",
 ]

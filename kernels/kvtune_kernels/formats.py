@@ -55,6 +55,14 @@ class Packed(NamedTuple):
             planes,
         )
 
+    def of_rows(self, rows: slice | Tensor) -> Packed:
+        """The pages of some batch rows."""
+        return self._replace(codes=self.codes[rows], meta=self.meta[rows])
+
+    def clone(self) -> Packed:
+        """Pages of its own."""
+        return self._replace(codes=self.codes.clone(), meta=self.meta.clone())
+
 
 class Exact(NamedTuple):
     """Tokens in 16 bits: slots 0 to sinks - 1 hold the sinks, then a ring holds what follows them.

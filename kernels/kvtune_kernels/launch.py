@@ -23,6 +23,7 @@ except ImportError:  # there is no Triton for this machine
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16)
+_LINES = re.compile(r".*elementwise_inline_asm.*\n")  # of a kernel's text
 COLUMNS = 32  # query heads times queries of one program, at most
 _choice: ContextVar[str] = ContextVar("implementation", default="auto")
 
@@ -43,9 +44,10 @@ def interpreted() -> bool:
 
 
 def unsupported(
-    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format | None
 ) -> str | None:
-    """Says why kernels cannot serve such a cache, or None when they can."""
+    """Says why kernels cannot serve such a cache, or None when they can; formats of keys, then of
+    values, None for one that does not matter."""
     if triton is None:
         return "Triton is not installed"
     if device.type != "cuda" and not interpreted():
@@ -54,7 +56,11 @@ def unsupported(
         return f"head_dim {head_dim} is not a multiple of 16 up to 256"
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not a 16-bit dtype"
-    for format in formats:
+    for side, format in enumerate(formats):
+        if format is None:
+            continue
+        if reason := _unreadable(format, head_dim, side == 0):
+            return reason
         if format.bits == 3 and head_dim % 32:
             return f"3 bits need a head_dim that is a multiple of 32, not {head_dim}"
         whole = format.per_token and format.group == head_dim
@@ -63,7 +69,26 @@ def unsupported(
     return None
 
 
-def runs_triton(head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format) -> bool:
+def _unreadable(format: Format, head_dim: int, keys: bool) -> str | None:
+    """The same of planes and of symmetric codes."""
+    if format.channels:
+        if not keys:
+            return "planes are read of keys alone"
+        if format.bits != 2 or format.symmetric or format.per_token:
+            return "planes have affine codes of 2 bits per channel"
+        if format.channels % 16 or format.channels > 4 * head_dim:
+            most = f"a multiple of 16 up to {4 * head_dim}"
+            return f"{format.channels} channels of planes are not {most}"
+    if format.symmetric and (not format.per_token or format.bits == 8):
+        return "symmetric codes are 2, 3 or 4 bits per token"
+    if format.symmetric and keys and head_dim not in (64, 128, 256):
+        return f"keys in symmetric codes need a head_dim of 64, 128 or 256, not {head_dim}"
+    return None
+
+
+def runs_triton(
+    head_dim: int, dtype: torch.dtype, device: torch.device, *formats: Format | None
+) -> bool:
     """Decides between kernel and reference, and says once why a GPU gets the slow one."""
     choice = _choice.get()
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
@@ -87,25 +112,39 @@ def encode_into(packed: Packed, x: Tensor, first: int, keys: bool, row: int | No
     """
     if x.shape[2] == 0:
         return
-    if not runs_triton(x.shape[-1], x.dtype, x.device, packed.format):
-        return reference.store(packed, *reference.encode(x, packed.format, keys), first, row)
-    bits, group, per_token = packed.format
+    format, planes = packed.format, packed.planes
+    if not runs_triton(x.shape[-1], x.dtype, x.device, *((format,) if keys else (None, format))):
+        return reference.store(packed, *reference.encode(x, format, keys, planes), first, row)
+    bits, group, per_token, channels, symmetric = format
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows = slice(None) if row is None else slice(row, row + 1)
-    codes, meta = packed.codes[rows].view(torch.uint16), packed.meta[rows].view(torch.uint32)
+    codes, meta = packed.codes[rows].view(torch.uint16), words(packed)[rows]
     batch, heads, tokens, dim = x.shape
     wide = triton.next_power_of_2(dim)
     # groups of tokens stand alone, and so do neighbouring lanes: small programs hide their waiting
-    apart = keys and not per_token and dim == wide > 32
-    block = group if apart else packed.format.block
+    apart = keys and not per_token and (dim == wide > 32 or channels > 0)
+    block = group if apart else format.block
     parts = 2 if apart and bits != 3 and group * dim >= 1 << 14 else 1
+    parts = plane_parts(format) or parts
     packing.encode[(tokens // block * parts, batch * heads)](
-        x, codes, meta, *x.stride()[:3], *codes.stride()[:2], *meta.stride()[:2],
-        first // block, first, 1, heads, KEYS=keys, BITS=bits, GROUP=group, PER_TOKEN=per_token,
-        BLOCK=block, D=dim, D2=wide, PARTS=parts, RING=False, ASM=not portable(),
+        x, x if planes is None else planes, codes, meta, *x.stride()[:3], *codes.stride()[:2],
+        *meta.stride()[:2], first // block, first, 1, heads, KEYS=keys, BITS=bits, GROUP=group,
+        PER_TOKEN=per_token, C=channels, SYMMETRIC=symmetric, BLOCK=block, D=dim, D2=wide,
+        PARTS=parts, RING=False, ASM=not portable(),
         num_warps=2 if group * dim // parts <= 1 << 12 else 4,
     )  # fmt: skip
     return None
+
+
+def words(packed: Packed) -> Tensor:
+    """Metadata as kernels load it: scale and zero together as uint32, or scales as uint16."""
+    return packed.meta.view(torch.uint16 if packed.format.symmetric else torch.uint32)
+
+
+def plane_parts(format: Format) -> int:
+    """Into how many parts the lanes of planes are cut to encode them; 0 without planes."""
+    wide = triton.next_power_of_2(format.channels) if format.channels else 0
+    return min(wide // 16, max(1, format.group * wide >> 13))
 
 
 class Workspace:
@@ -150,15 +189,15 @@ def append(
         return reference.append(key, value, exact, keys, values, next_state, window)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     sides = (
-        keys.codes.view(torch.uint16), keys.meta.view(torch.uint32),
-        values.codes.view(torch.uint16), values.meta.view(torch.uint32),
+        keys.codes.view(torch.uint16), words(keys), values.codes.view(torch.uint16), words(values),
     )  # fmt: skip
     strided = (key, value, exact.keys, exact.values, *sides)
     appending.append[(2, batch * heads)](
-        *strided, state, next_state, *(step for x in strided for step in x.stride()[:2]),
-        *turned(exact, window), batch, heads, *keys.format, *values.format,
-        *window, D=dim, D2=triton.next_power_of_2(dim), ASM=not portable(),
-        num_warps=4,
+        *strided, state if keys.planes is None else keys.planes, state, next_state,
+        *(step for x in strided for step in x.stride()[:2]),
+        *turned(exact, window), batch, heads, *keys.format, plane_parts(keys.format) or 1,
+        *values.format[:3], values.format.symmetric, *window, D=dim,
+        D2=triton.next_power_of_2(dim), ASM=not portable(), num_warps=4,
     )  # fmt: skip
     return None
 
@@ -166,18 +205,19 @@ def append(
 def attend_packed(
     query: Tensor, keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window,
     scale: float | None = None, softcap: float | None = None, longest: int = 0,
-    workspace: Workspace | None = None, advance: Tensor | None = None,
+    workspace: Workspace | None = None, advance: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D] over sinks, pages and ring; see `reference.attend_packed`.
 
     One query reads all pages that `state` counts, so none may have closed that it should not see:
     `append` leaves it so. `longest`: the most paged tokens of a row, which the launch is shaped for
     (all capacity when 0).
-    `advance`: a state that takes over `state` when all is read.
+    `advance`: a state that takes over `state` when all is read. `bias` is for softcaps.
     """
     batch, query_heads, count, dim = query.shape
     if not runs_triton(dim, query.dtype, query.device, keys.format, values.format):
-        out = reference.attend_packed(query, keys, values, exact, state, window, scale, softcap)
+        given = (query, keys, values, exact, state, window, scale, softcap, bias)
+        out = reference.attend_packed(*given)
         if advance is not None:
             advance.copy_(state)
         return out
@@ -195,21 +235,24 @@ def attend_packed(
     out, lse = workspace.partial(batch * query_heads * count * parts, dim, query.device)
     wide = triton.next_power_of_2(dim)
     strided = (
-        keys.codes, keys.meta.view(torch.uint32), values.codes, values.meta.view(torch.uint32),
-        exact.keys, exact.values,
+        keys.codes, words(keys), values.codes, words(values), exact.keys, exact.values,
     )  # fmt: skip
     launch = functools.partial(
         paged.attend_split[(parts, batch * heads, blocks)],
-        query, *strided, state, workspace.lanes(query.device), out, lse,
-        dim**-0.5 if scale is None else scale, *query.stride()[:3],
-        *(step for x in strided for step in x.stride()[:2]),
+        query, *strided, state if keys.planes is None else keys.planes,
+        state if bias is None else bias.contiguous(), state,
+        workspace.lanes(query.device), out, lse, dim**-0.5 if scale is None else scale,
+        *query.stride()[:3], *(step for x in strided for step in x.stride()[:2]),
         *turned(exact, window), batch, heads, share, count, splits, first,
         N=columns, MASKED=count > 1, D=dim, D2=wide,
         K_BITS=keys.format.bits, K_GROUP=keys.format.group, K_PER_TOKEN=keys.format.per_token,
+        CHANNELS=keys.format.channels, K_SYMMETRIC=keys.format.symmetric,
         V_BITS=values.format.bits, V_GROUP=values.format.group,
-        V_PER_TOKEN=values.format.per_token, SINKS=window.sinks, RECENT=window.recent,
-        BLOCK=window.block, CAP=softcap or 0.0, STAGES=stages(keys.format, values.format),
-        EARLY=early(query.device), num_warps=warps(wide, columns),
+        V_PER_TOKEN=values.format.per_token, V_SYMMETRIC=values.format.symmetric,
+        SINKS=window.sinks, RECENT=window.recent, BLOCK=window.block, CAP=softcap or 0.0,
+        BIASED=bias is not None,
+        STAGES=stages(keys.format, values.format), EARLY=early(query.device),
+        num_warps=warps(wide, columns),
     )  # fmt: skip
     if portable() or not in_order(launch(ASM=True)):
         launch(ASM=False)
@@ -241,12 +284,14 @@ def in_order(kernel: object) -> bool:
     """Whether a compiled kernel holds neighbouring lanes together, as inline PTX takes them.
 
     The operands of warp-level products do (of two lines at a time, four lanes each); those of a
-    warp group's, which Triton might choose on its own some day, do not.
+    warp group's, which Triton might choose on its own some day, do not, nor do tensors that it
+    turns to numbers in the order in which they were loaded.
     """
     text = getattr(kernel, "asm", {}).get("ttgir", "")
     products = re.findall(r"nvidia_mma<\{versionMajor = (\d)", text)
-    lanes = re.findall(r"i8, #ttg.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)", text)
-    sound = set(products) == {"2"} and set(lanes) <= {"4"}
+    codes = re.findall(r"xi8, (#[\w.]+(?:<\{[^}]*\}>)?)", "".join(_LINES.findall(text)))
+    lanes = [re.fullmatch(r"#ttg.dot_op<\{opIdx = 0, .*kWidth = 4\}>", layout) for layout in codes]
+    sound = set(products) == {"2"} and all(lanes)
     if not sound:
         say_once("kvtune's kernels run without inline PTX: this Triton lays out products anew.")
     return sound

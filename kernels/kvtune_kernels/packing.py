@@ -2,7 +2,7 @@
 
 A program reads its block of one head once, finds scale and zero of every group and makes codes of
 it in registers: minimum subtracted in float32, zero rounded down and scale up, as
-`reference.quantize` says, to the last bit. Codes are put together as 16-bit halves of words, in the
+`groups.quantize` says, to the last bit. Codes are put together as 16-bit halves of words, in the
 order of `reference.pack`. A head_dim that is no power of two, and values per channel, are read
 twice, the second time from the cache.
 
@@ -12,7 +12,16 @@ Floor: 16 bits read and `bits` plus 32 / group bits written for each value.
 import triton
 import triton.language as tl
 
-from kvtune_kernels.quantising import chosen, halves, inverse, numbers, quantised, rounded
+from kvtune_kernels.quantising import (
+    chosen,
+    digits,
+    halves,
+    inverse,
+    numbers,
+    planes_of,
+    quantised,
+    rounded,
+)
 
 PAGE = tl.constexpr(64)
 
@@ -25,8 +34,8 @@ def _row(token, shift, ring, RING: tl.constexpr):
 @triton.jit
 def _key_lines(
     X, CODES, META, x_t, shift, ring, token0, part, PARTS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
-    ASM: tl.constexpr,
+    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr,
+    RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Encodes one group of keys per channel, or a page of keys per token, in one go.
 
@@ -41,7 +50,7 @@ def _key_lines(
     n = tl.arange(0, N)
     c = n // LANES * W + part * LANES + n % LANES
     x = tl.load(X + _row(t, shift, ring, RING)[:, None] * x_t + c[None, :]).to(tl.float32)
-    code, meta = quantised(x, BITS, GROUP, PER_TOKEN, D, ASM)
+    code, meta = quantised(x, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ASM)
     if PER_TOKEN:
         g = tl.arange(0, D // GROUP)
         page = token0 // PAGE * (D // GROUP * PAGE)
@@ -71,38 +80,68 @@ def _key_lines(
 
 
 @triton.jit
+def _key_planes(
+    X, PLANES, CODES, META, x_t, shift, ring, token0, part, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Encodes one group of keys as the digits of C virtual channels, or a part of their lanes.
+
+    C is any multiple of 16, so lanes are cut into whole words, and some of the last part are none.
+    """
+    W: tl.constexpr = C // 4
+    LANES: tl.constexpr = triton.next_power_of_2(W) // PARTS
+    n = tl.arange(0, 4 * LANES)
+    lane = part * LANES + n % LANES
+    c = n // LANES * W + lane
+    source, plane, count = planes_of(PLANES, c, lane < W)
+    t = token0 + tl.arange(0, GROUP)
+    x = tl.load(X + _row(t, shift, ring, RING)[:, None] * x_t + source[None, :]).to(tl.float32)
+    code, meta = digits(x, plane, count, ASM)
+    tl.store(META + token0 // GROUP * C + c, meta, mask=lane < W)
+    half = halves(code, 2)
+    half = half << 6 | half >> 10
+    u = part * (LANES // 2) + tl.arange(0, LANES // 2)
+    where = (t // PAGE * (PAGE * C // 8) + t % PAGE * (W // 2))[:, None] + u[None, :]
+    tl.store(CODES + where, half.to(tl.uint16), mask=(u < W // 2)[None, :] & (t >= 0)[:, None])
+
+
+@triton.jit
 def _value_columns(
     X, CODES, META, x_t, shift, ring, page, UPPER: tl.constexpr, COUNT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr,
+    D2: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Halves [COUNT, D] of a page of values per token, or of its plane of high bits (UPPER).
 
     The tokens of one slot at a time are whole tokens, so their scale and zero are found here.
+    Symmetric codes allow for a head_dim that is no power of two: zeros change no scale of theirs.
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     W: tl.constexpr = PAGE * LOW // 8
+    SPAN: tl.constexpr = D2 if GROUP == D else GROUP
     u = tl.arange(0, COUNT)
-    c = tl.arange(0, D)
-    g = tl.arange(0, D // GROUP)
-    half = tl.zeros([COUNT, D], tl.int32)
+    c = tl.arange(0, D2)
+    g = tl.arange(0, D2 // SPAN)
+    ok = (c < D)[None, :] & (u >= 0)[:, None]
+    half = tl.zeros([COUNT, D2], tl.int32)
     for i in tl.static_range(8 // LOW):
         for k in tl.static_range(2):
             for upper in tl.static_range(2 if UPPER else 1):
                 j = u * 2 + k if BITS == 8 else u // 2 * 4 + u % 2 + (2 * k + upper * (W // 2))
                 t = j + i * W
                 row = _row(t + page * PAGE, shift, ring, RING)
-                x = tl.load(X + row[:, None] * x_t + c[None, :]).to(tl.float32)
-                code, meta = quantised(x, BITS, GROUP, True, D, ASM)
+                x = tl.load(X + row[:, None] * x_t + c[None, :], mask=ok, other=0.0).to(tl.float32)
+                code, meta = quantised(x, BITS, SPAN, True, SYMMETRIC, D2, ASM)
                 if UPPER:
                     half |= (code >> 2) << ((4 * i + 2 * k + 6 + upper) % 16)
                 else:
                     half |= (code & ((1 << LOW) - 1)) << (LOW * (2 * i + k))
                     where = META + page * (D // GROUP * PAGE) + g[None, :] * PAGE + t[:, None]
-                    tl.store(where, meta)
+                    tl.store(where, meta, mask=(g < D // GROUP)[None, :] & (t >= 0)[:, None])
     if BITS != 8 and not UPPER:
         TURN: tl.constexpr = 5 if BITS == 3 else 6
         half = half << TURN | half >> (16 - TURN)
-    tl.store(CODES + c[None, :] * COUNT + u[:, None], half.to(tl.uint16))
+    tl.store(CODES + c[None, :] * COUNT + u[:, None], half.to(tl.uint16), mask=ok)
 
 
 @triton.jit
@@ -121,15 +160,15 @@ def _write_meta(
         x = tl.load(X + row[:, None] * x_t + c[None, :], mask=ok, other=0.0).to(tl.float32)
         line = block * (BLOCK // tokens) + piece
         if not PER_TOKEN:
-            packed = chosen(tl.min(x, 0), tl.max(x, 0), BITS)
+            packed = chosen(tl.min(x, 0), tl.max(x, 0), 1.0 / ((1 << BITS) - 1))
             tl.store(META + line * D + c, packed, mask=c < D)
         elif GROUP == D:
             low = tl.min(tl.where(ok, x, float("inf")), 1)
             high = tl.max(tl.where(ok, x, float("-inf")), 1)
-            tl.store(META + line * PAGE + t, chosen(low, high, BITS))
+            tl.store(META + line * PAGE + t, chosen(low, high, 1.0 / ((1 << BITS) - 1)))
         else:
             x = x.reshape(PAGE, D2 // GROUP, GROUP)
-            packed = chosen(tl.min(x, 2), tl.max(x, 2), BITS)
+            packed = chosen(tl.min(x, 2), tl.max(x, 2), 1.0 / ((1 << BITS) - 1))
             g = tl.arange(0, D2 // GROUP)
             where = META + line * (D // GROUP * PAGE) + g[None, :] * PAGE + t[:, None]
             tl.store(where, packed, mask=(g < D // GROUP)[None, :] & (t >= 0)[:, None])
@@ -165,7 +204,7 @@ def _codes(
     there = ok if not ALIKE else (lanes < (D if KEYS else PAGE))[None, :]
     meta = tl.load(META + at, mask=there, other=1)
     scale, zero = numbers(meta)
-    return rounded((x - zero) * inverse(scale, ASM), BITS, ASM)
+    return rounded((x - zero) * inverse(scale, ASM), (1 << BITS) - 1, ASM)
 
 
 @triton.jit
@@ -218,33 +257,44 @@ def _write_codes(
 
 @triton.jit
 def encode_block(
-    X, CODES, META, x_t, shift, ring, block, part, KEYS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+    X, PLANES, CODES, META, x_t, shift, ring, block, part, KEYS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
+    RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Encodes one block of one head; `block` counts blocks of BLOCK tokens."""
-    if D == D2 and D > 32 and KEYS:
+    """Encodes one block of one head, or a part of its lanes; `block` counts blocks of BLOCK tokens.
+
+    C > 0: as many virtual channels, which PLANES tells.
+    """
+    if C > 0:
+        for piece in tl.static_range(BLOCK // GROUP):
+            _key_planes(
+                X, PLANES, CODES, META, x_t, shift, ring, block * BLOCK + piece * GROUP, part,
+                PARTS, GROUP, C, RING, ASM,
+            )  # fmt: skip
+    elif D == D2 and D > 32 and KEYS:
         rows: tl.constexpr = PAGE if PER_TOKEN else GROUP
         for piece in tl.static_range(BLOCK // rows):
             _key_lines(
                 X, CODES, META, x_t, shift, ring, block * BLOCK + piece * rows, part, PARTS, BITS,
-                GROUP, PER_TOKEN, D, RING, ASM,
+                GROUP, PER_TOKEN, SYMMETRIC, D, RING, ASM,
             )  # fmt: skip
-    elif D == D2 and PER_TOKEN and not KEYS:
+    elif (D == D2 or SYMMETRIC) and PER_TOKEN and not KEYS:
         LOW: tl.constexpr = 2 if BITS == 3 else BITS
         for piece in tl.static_range(BLOCK // PAGE):
             page = block * (BLOCK // PAGE) + piece
             codes = CODES + page * (PAGE * D * BITS // 16)
             _value_columns(
-                X, codes, META, x_t, shift, ring, page, False, PAGE * LOW // 16, BITS, GROUP, D,
-                RING, ASM,
+                X, codes, META, x_t, shift, ring, page, False, PAGE * LOW // 16, BITS, GROUP,
+                SYMMETRIC, D, D2, RING, ASM,
             )  # fmt: skip
             if BITS == 3:
                 _value_columns(
                     X, codes + PAGE * D // 8, META, x_t, shift, ring, page, True, PAGE // 16,
-                    BITS, GROUP, D, RING, ASM,
+                    BITS, GROUP, SYMMETRIC, D, D2, RING, ASM,
                 )  # fmt: skip
     else:
+        tl.static_assert(not SYMMETRIC, "keys with symmetric codes need head_dim 64, 128 or 256")
         _encode_piecewise(
             X, CODES, META, x_t, shift, ring, block, KEYS, BITS, GROUP, PER_TOKEN, BLOCK, D, D2,
             RING, ASM,
@@ -278,10 +328,10 @@ def _encode_piecewise(
 
 @triton.jit(do_not_specialize=["first", "shift", "ring", "heads"])
 def encode(
-    X, CODES, META, x_b, x_h, x_t, c_b, c_h, m_b, m_h, first, shift, ring, heads,
+    X, PLANES, CODES, META, x_b, x_h, x_t, c_b, c_h, m_b, m_h, first, shift, ring, heads,
     KEYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr,
-    ASM: tl.constexpr,
+    C: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    D2: tl.constexpr, PARTS: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One block of one head a program, or a part of its lanes, from block `first` on.
 
@@ -291,7 +341,7 @@ def encode(
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     encode_block(
-        X + b * x_b + h * x_h, CODES + b * c_b + h * c_h, META + b * m_b + h * m_h, x_t, shift,
-        ring, first + tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, KEYS, BITS, GROUP,
-        PER_TOKEN, BLOCK, D, D2, PARTS, RING, ASM,
+        X + b * x_b + h * x_h, PLANES + h * C, CODES + b * c_b + h * c_h, META + b * m_b + h * m_h,
+        x_t, shift, ring, first + tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, KEYS, BITS,
+        GROUP, PER_TOKEN, C, SYMMETRIC, BLOCK, D, D2, PARTS, RING, ASM,
     )  # fmt: skip

@@ -22,9 +22,9 @@ EXACT = tl.constexpr(16)  # exact tokens that are read at once
 
 @triton.jit
 def _exact(
-    q_row, used, position, due, EK, EV, known, start, part, parts, ring, shift, scale, top, total,
-    acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
-    ASM: tl.constexpr,
+    q_row, used, position, due, EK, EV, known, start, part, parts, ring, shift, scale, bias, top,
+    total, acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
+    BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Goes on with this part's share of the exact tokens: the sinks, and the ring behind them."""
     channel = tl.arange(0, D2)
@@ -46,7 +46,7 @@ def _exact(
         if not ASM:  # the interpreter multiplies the bit patterns of bfloat16
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        s = capped(tl.dot(k, q, input_precision="ieee"), scale, CAP)
+        s = capped(tl.dot(k, q, input_precision="ieee"), scale, bias, CAP, BIASED)
         sees = tl.where(
             (e < sinks)[:, None],
             e[:, None] <= position[None, :],
@@ -62,18 +62,30 @@ def _exact(
     return top, total, acc
 
 
+@triton.jit
+def _asked(q_row, used, PLANES, lane, i: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr):
+    """Queries [WIDE, N] at the channels of slice i; with planes, at those of their sources."""
+    channel = i * W + lane
+    if CHANNELS > 0:
+        channel = tl.load(PLANES + channel, mask=lane < W, other=0) & 0xFFFF
+    ok = (lane[:, None] < W) & used[None, :]
+    return tl.load(q_row[None, :] + channel[:, None], mask=ok, other=0.0).to(tl.float16)
+
+
 @triton.jit(
     do_not_specialize=["ring", "shift", "batch", "heads", "share", "count", "splits", "exact"]
 )
 def attend_split(
-    Q, KC, KM, VC, VM, EK, EV, STATE, LANES, OUT, LSE, scale,
+    Q, KC, KM, VC, VM, EK, EV, PLANES, BIAS, STATE, LANES, OUT, LSE, scale,
     q_b, q_h, q_m, kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ek_b, ek_h, ev_b, ev_h,
     ring, shift, batch, heads, share, count, splits, exact,
     N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
+    CHANNELS: tl.constexpr, K_SYMMETRIC: tl.constexpr,
     V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr,
+    V_SYMMETRIC: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head over one stretch of pages and some exact tokens.
 
@@ -98,6 +110,10 @@ def attend_split(
     due = tl.maximum(position - (SINKS + RECENT), 0) // BLOCK * BLOCK
     due = tl.minimum(tl.maximum(due, start), paged)
     q_row = Q + b * q_b + (h * share + column // count) * q_h + query * q_m
+    bias = used.to(tl.float32)  # not read unless BIASED
+    if BIASED:
+        at = (b * heads + h) * share * count + column
+        bias = tl.load(BIAS + at, mask=used, other=0.0)
     channel = tl.arange(0, D2)
     top = tl.full([N], FAR, tl.float32)
     total = tl.zeros([N], tl.float32)
@@ -108,20 +124,21 @@ def attend_split(
     VM += b * vm_b + h * vm_h
     V_LOW: tl.constexpr = 2 if V_BITS == 3 else V_BITS
     K_LOW: tl.constexpr = 2 if K_BITS == 3 else K_BITS
-    W: tl.constexpr = D * K_LOW // 8
-    WIDE: tl.constexpr = D2 * K_LOW // 8 if D2 * K_LOW // 8 > 16 else 16
+    C: tl.constexpr = CHANNELS if CHANNELS > 0 else D
+    W: tl.constexpr = C * K_LOW // 8
+    WIDE: tl.constexpr = triton.next_power_of_2(W) if W > 16 else 16
     ROWS: tl.constexpr = PAGE * V_LOW // 8  # tokens of a slice of values
     lane = tl.arange(0, WIDE)
-    ok = (lane[:, None] < W) & used[None, :]
-    q0 = tl.load(q_row[None, :] + lane[:, None], mask=ok, other=0.0).to(tl.float16)
+    PLANES += h * C
+    q0 = _asked(q_row, used, PLANES, lane, 0, CHANNELS, W)
     q1 = q0
     q2 = q0
     q3 = q0
     if K_BITS < 8:
-        q1 = tl.load(q_row[None, :] + W + lane[:, None], mask=ok, other=0.0).to(tl.float16)
+        q1 = _asked(q_row, used, PLANES, lane, 1, CHANNELS, W)
     if K_BITS < 4:
-        q2 = tl.load(q_row[None, :] + 2 * W + lane[:, None], mask=ok, other=0.0).to(tl.float16)
-        q3 = tl.load(q_row[None, :] + 3 * W + lane[:, None], mask=ok, other=0.0).to(tl.float16)
+        q2 = _asked(q_row, used, PLANES, lane, 2, CHANNELS, W)
+        q3 = _asked(q_row, used, PLANES, lane, 3, CHANNELS, W)
     # loaded, not made: so they can follow the codes into the layout of an operand
     k_lanes = tl.load(LANES + lane)
     v_lanes = tl.load(LANES + tl.arange(0, ROWS))
@@ -130,24 +147,24 @@ def attend_split(
     begin = part * stretch
     for tile in tl.range(begin, tl.minimum(begin + stretch, tiles), num_stages=STAGES):
         s0 = logits(
-            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-            D, ROWS, W, WIDE, MASKED, CAP, ASM,
+            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+            K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
         )  # fmt: skip
         peak = tl.max(s0, 0)
         if V_BITS < 8:
             s1 = logits(
-                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                D, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(s0, s1), 0)
         if V_BITS < 4:
             s2 = logits(
-                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                D, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             s3 = logits(
-                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, K_BITS, K_GROUP, K_PER_TOKEN,
-                D, ROWS, W, WIDE, MASKED, CAP, ASM,
+                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
+                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
         peak = tl.maximum(top, peak)
@@ -156,7 +173,7 @@ def attend_split(
         page = VC + tile * (PAGE * D * V_BITS // 8)
         v0, v1, v2, v3 = slices(
             page, page + PAGE * D * V_LOW // 8, channel, v_lanes, VM, tile, 0, False, V_BITS,
-            V_GROUP, V_PER_TOKEN, D, D2, ROWS, ROWS, ASM,
+            V_GROUP, V_PER_TOKEN, V_SYMMETRIC, D, D2, ROWS, ROWS, ASM,
         )  # fmt: skip
         p = tl.exp2(s0 - top[None, :])
         mass = p
@@ -175,8 +192,8 @@ def attend_split(
         total = total * fade + tl.sum(mass, 0)
     top, total, acc = _exact(
         q_row, used, position, due, EK + b * ek_b + h * ek_h, EV + b * ev_b + h * ev_h, known,
-        start, part - exact, tl.num_programs(0) - exact, ring, shift, scale, top, total, acc, D,
-        D2, SINKS, CAP, ASM,
+        start, part - exact, tl.num_programs(0) - exact, ring, shift, scale, bias, top, total,
+        acc, D, D2, SINKS, CAP, BIASED, ASM,
     )  # fmt: skip
     some = top > FAR
     total = tl.where(some, total, 1.0)

@@ -231,12 +231,13 @@ def store(packed: Packed, codes: Tensor, meta: Tensor, first: int, row: int | No
 
 def attend_packed(
     query: Tensor, keys: Packed, values: Packed, exact: Exact, state: Tensor, window: Window,
-    scale: float | None = None, softcap: float | None = None,
+    scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D], the last M tokens of each row, over sinks, pages and ring.
 
     A query at position p reads token t after the sinks from its page when t < due(p), and exactly
-    otherwise; `state` as in `append`. Returns [B, Hq, M, D].
+    otherwise; `state` as in `append`. `bias` [B, Hq, M] is added to scaled logits before a softcap.
+    Returns [B, Hq, M, D].
     """
     count, device = query.shape[2], query.device
     rows = []
@@ -255,7 +256,12 @@ def attend_packed(
             ],
             1,
         )
-        rows.append(attend(query[b : b + 1].float(), *sides, mask, scale, softcap))
+        asked, (known, read) = query[b : b + 1].float(), sides
+        if bias is not None:  # as one more channel, in which every key is one
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            asked = torch.cat([asked, bias[b : b + 1, :, :, None] / scale], 3)
+            known = torch.cat([known, torch.ones_like(known[..., :1])], 3)
+        rows.append(attend(asked, known, read, mask, scale, softcap))
     return torch.cat(rows).to(query.dtype)
 
 

@@ -37,8 +37,8 @@ def _spread(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _metadata(
     META, tile, first: tl.constexpr, lift, i: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Scale * lift and zero - scale * lift of slice i of a tile, over its [ROWS, WIDE] values.
 
@@ -81,7 +81,11 @@ def _metadata(
         there = there[:, None] & (t[None, :] >= 0)
     bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
     meta = tl.load(where, mask=there, other=0) if bounded else tl.load(where)
-    s, z = scale_and_zero(meta, ASM)
+    if SYMMETRIC:  # float16 scales alone
+        s = meta.to(tl.float16, bitcast=True)
+        z = s * (-0.5 * ((1 << BITS) - 1))
+    else:
+        s, z = scale_and_zero(meta, ASM)
     if ASM and BITS != 8:
         if BITS == 4:
             s = s * 16.0
@@ -97,15 +101,14 @@ def _metadata(
 @triton.jit
 def _slice(
     LINES, HIGH, rows, META, tile, first: tl.constexpr, i: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr,
-    W: tl.constexpr, WIDE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Slice i of a tile as float16 values [ROWS, WIDE], in plain Triton."""
     j = tl.arange(0, WIDE)
     s, z = _metadata(
-        META, tile, first, None, i, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, False
-    )
+        META, tile, first, None, i, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE, False
+    )  # fmt: skip
     ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
     low = LINES + rows[:, None] * W
     high = HIGH + rows[:, None] * (W // 2)
@@ -118,32 +121,32 @@ def _slice(
 @triton.jit
 def slices(
     LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The 8 // BITS slices (four for 3 bits) of a packed tile, each as float16 [ROWS, WIDE];
     what a format has no use for repeats the first."""
     if not ASM:
         x0 = _slice(
-            LINES, HIGH, rows, META, tile, first, 0, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE
+            LINES, HIGH, rows, META, tile, first, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+            ROWS, W, WIDE,
         )  # fmt: skip
         x1 = x0
         x2 = x0
         x3 = x0
         if BITS < 8:
             x1 = _slice(
-                LINES, HIGH, rows, META, tile, first, 1, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W,
-                WIDE,
+                LINES, HIGH, rows, META, tile, first, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE,
             )  # fmt: skip
         if BITS < 4:
             x2 = _slice(
-                LINES, HIGH, rows, META, tile, first, 2, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W,
-                WIDE,
+                LINES, HIGH, rows, META, tile, first, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE,
             )  # fmt: skip
             x3 = _slice(
-                LINES, HIGH, rows, META, tile, first, 3, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W,
-                WIDE,
+                LINES, HIGH, rows, META, tile, first, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
+                ROWS, W, WIDE,
             )  # fmt: skip
     else:
         # codes of lanes 0, 1 of four lie two bits lower than those of lanes 2, 3
@@ -154,19 +157,23 @@ def slices(
         ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
         word = tl.load(where, mask=ok, other=0) if bounded else tl.load(where)
         s0, z0 = _metadata(
-            META, tile, first, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
-        )
+            META, tile, first, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE,
+            True,
+        )  # fmt: skip
         if BITS < 8:
             s1, z1 = _metadata(
-                META, tile, first, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
-            )
+                META, tile, first, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
+                WIDE, True,
+            )  # fmt: skip
         if BITS < 4:
             s2, z2 = _metadata(
-                META, tile, first, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
-            )
+                META, tile, first, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
+                WIDE, True,
+            )  # fmt: skip
             s3, z3 = _metadata(
-                META, tile, first, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, D, ROWS, W, WIDE, True
-            )
+                META, tile, first, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W,
+                WIDE, True,
+            )  # fmt: skip
         if BITS == 8:
             x0 = values_8(word, s0, z0)
             x1 = x0
@@ -188,19 +195,18 @@ def slices(
 
 @triton.jit
 def logits(
-    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr,
-    ASM: tl.constexpr,
+    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, bias, BITS: tl.constexpr,
+    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Logits times log2(e), [ROWS, N], of the u-th ROWS keys of a page."""
+    """Logits times log2(e), [ROWS, N], of the u-th ROWS keys of a page; D is their channels'."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     page = KEYS + tile * (PAGE * D * BITS // 8)
     rows = u * ROWS + tl.arange(0, ROWS)
     k0, k1, k2, k3 = slices(
         page, page + PAGE * D * low // 8, rows, lanes, META, tile, u * ROWS, True, BITS, GROUP,
-        PER_TOKEN,
-        D, ROWS, W, WIDE, ASM,
+        PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE, ASM,
     )  # fmt: skip
     s = tl.dot(k0, q0)
     if BITS < 8:
@@ -208,17 +214,22 @@ def logits(
     if BITS < 4:
         s = tl.dot(k2, q2, s)
         s = tl.dot(k3, q3, s)
-    s = capped(s, scale, CAP)
+    s = capped(s, scale, bias, CAP, BIASED)
     if MASKED:
         s = tl.where((rows + tile * PAGE)[:, None] < seen[None, :], s, FAR)
     return s
 
 
 @triton.jit
-def capped(s, scale, CAP: tl.constexpr):
-    """s * scale, or the capped logits CAP * tanh(s * scale / CAP), times log2(e)."""
+def capped(s, scale, bias, CAP: tl.constexpr, BIASED: tl.constexpr):
+    """s * scale, or the capped logits CAP * tanh((s * scale + bias) / CAP), times log2(e).
+
+    Without a cap no softmax sees the bias.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     if CAP > 0:
         s = s * (scale * (2 * LOG2E / CAP))
+        if BIASED:
+            s += (bias * (2 * LOG2E / CAP))[None, :]
         return (CAP * LOG2E) * (1 - 2 / (tl.exp2(s) + 1))
     return s * (scale * LOG2E)

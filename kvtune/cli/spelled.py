@@ -26,8 +26,13 @@ def policy(entry: LayerPolicy) -> Words:
 
 
 def _side(entry: LayerPolicy, side: str) -> str:
-    """The chain of one side, and those of kv heads that have their own."""
+    """The chain of one side; those of kv heads that have their own, or of tokens that lose."""
+    from kvtune.recipe import Tier
+
     told = chain(getattr(entry.kept, side))
+    if entry.select is not None:
+        fate = chain(getattr(entry.rest, side)) if isinstance(entry.rest, Tier) else "dropped"
+        return f"{told} where {_codec(entry.select)}, rest {fate}"
     if entry.heads == "search":
         return f"{told}, each head its own"
     others = [f"heads {one.span}: {chain(getattr(one.kept, side))}" for one in entry.heads]

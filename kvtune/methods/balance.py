@@ -33,6 +33,6 @@ class Balance(Turn):
 
     def made(self, tensors: dict[str, Tensor]) -> Fold:
         """A diagonal."""
-        factor = tensors["factor"].double()
+        factor = tensors["factor"].float()
         zero = torch.zeros_like(factor)
         return Fold(zero, torch.diag_embed(factor), torch.diag_embed(1 / factor))

@@ -24,6 +24,6 @@ class Centre(Turn):
 
     def made(self, tensors: dict[str, Tensor]) -> Fold:
         """A shift alone."""
-        mean = tensors["mean"].double()
+        mean = tensors["mean"]
         same = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
         return Fold(mean, same.expand(mean.shape[0], -1, -1), same.expand(mean.shape[0], -1, -1))

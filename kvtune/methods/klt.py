@@ -27,9 +27,9 @@ class Klt(Turn):
     weight: Literal["reads", "plain"] = "reads"
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
-        """Mean and basis of each head in 16 bits."""
+        """Mean, basis and its inverse of each head in 16 bits."""
         half = torch.empty(heads, head_dim, head_dim, dtype=torch.float16, device="meta")
-        return {"basis": half, "mean": half[:, 0].clone()}
+        return {"basis": half, "inverse": half.clone(), "mean": half[:, 0].clone()}
 
     def fit(self, seen: Seen) -> dict[str, Tensor]:
         """Finds mean and basis."""
@@ -37,13 +37,13 @@ class Klt(Turn):
         root = root.double().expand_as(seen.covariance)
         _, vectors = torch.linalg.eigh(root @ seen.covariance @ root)
         basis = root @ vectors.flip(-1)
-        basis = basis / basis.abs().amax((1, 2), keepdim=True)
-        return {"basis": basis.half(), "mean": seen.mean.half()}
+        basis = (basis / basis.abs().amax((1, 2), keepdim=True)).half()
+        inverse = torch.linalg.inv(basis.double()).half()
+        return {"basis": basis, "inverse": inverse, "mean": seen.mean.half()}
 
     def made(self, tensors: dict[str, Tensor]) -> Fold:
-        """The basis as it is stored, and its inverse."""
-        turn = tensors["basis"].double()
-        return Fold(tensors["mean"].double(), turn, torch.linalg.inv(turn))
+        """As it is stored."""
+        return Fold(tensors["mean"], tensors["basis"], tensors["inverse"])
 
 
 def _root(weight: Tensor) -> Tensor:

@@ -33,6 +33,6 @@ class Rotate(Turn):
         return {"basis": (vectors.flip(-1) @ matrix(vectors.shape[-1]).double()).half()}
 
     def made(self, tensors: dict[str, Tensor]) -> Fold:
-        """The basis as it is stored, and its inverse."""
-        turn = tensors["basis"].double()
-        return Fold(turn.new_zeros(turn.shape[:2]), turn, torch.linalg.inv(turn))
+        """The basis as it is stored, and its transpose: it is orthonormal to its last bit."""
+        turn = tensors["basis"]
+        return Fold(turn.new_zeros(turn.shape[:2]), turn, turn.transpose(-1, -2))

@@ -1,0 +1,198 @@
+"""Entries: what a recipe asks of a span of layers, as it is written."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from kvtune import parts
+from kvtune.errors import UsageError
+from kvtune.marks import Tokens
+from kvtune.parts import SEARCH, Chain, Codec, Selector
+from kvtune.spans import check
+
+# what "search" opens; fewer exact tokens than these are hardly cheaper
+SINKS = Tokens(1024, (0, 4, 16))
+RECENT = Tokens(65536, (32, 64, 128, 256))
+DROP = "drop"  # what becomes of the rest where nothing is said
+
+
+class Record(BaseModel):
+    """A frozen table of a recipe, in which unknown keys and other types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _tables(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        raise ValueError('expected a list of parts such as [{ use = "affine", bits = 4 }]')
+    for table in value:
+        if parts.ANY in table:
+            _alternatives(table)
+            continue
+        first = next(parts.choices(table))
+        if not isinstance(first, Codec):
+            kind = "nothing" if first is None else f"a {first.kind}"
+            raise ValueError(f"{table.get('use')} is {kind}; keys and values take codecs")
+    return tuple(dict(table) for table in value)
+
+
+def _alternatives(table: Mapping[str, Any]) -> None:
+    lists = table[parts.ANY]
+    if len(table) > 1 or not isinstance(lists, list | tuple) or not lists:
+        raise ValueError('expected any = [[{ use = "affine" }], ...], lists of parts, alone')
+    for tables in lists:
+        if isinstance(tables, list | tuple) and any(parts.ANY in own for own in tables):
+            raise ValueError("an alternative holds parts, not alternatives of its own")
+        _tables(tables)
+
+
+def _selection(value: Any) -> Any:
+    if value is not None and not isinstance(_part(value), Selector):
+        raise ValueError(f"{value['use']} is a {_part(value).kind}; select takes a selector")
+    return value
+
+
+def _part(value: Any) -> parts.Part:
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a part such as { use = "attention", share = 0.2 }')
+    if parts.is_open(value):
+        raise ValueError("what selects tokens is not searched: write its settings")
+    return parts.parse(value)
+
+
+def _fate(value: Any) -> Any:
+    if isinstance(value, Mapping | Tier) or value in (None, DROP):
+        return value
+    raise ValueError(f'rest is "{DROP}", or a tier of keys and values')
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns lists as tuples: TOML knows lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sound(span: str) -> str:
+    try:
+        check(span)
+    except UsageError as error:
+        raise ValueError(str(error).removesuffix(".")) from None
+    return span
+
+
+# the schema's branches, one for each method, are put in when they are asked for, not on import
+Tables = Annotated[
+    tuple[dict[str, Any], ...], BeforeValidator(_tables), WithJsonSchema({"type": "array"})
+]
+Span = Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
+Selection = Annotated[
+    dict[str, Any] | None, BeforeValidator(_selection), WithJsonSchema({"type": "object"})
+]
+
+
+class Tier(Record):
+    """How the tokens that have left the window are stored."""
+
+    keys: Tables = ()
+    values: Tables = ()
+
+    def is_open(self) -> bool:
+        """True when a setting, or whether a codec is there, is left to a search."""
+        return any(parts.is_open(table) for table in (*self.keys, *self.values))
+
+    def chains(self) -> tuple[Chain, Chain]:
+        """The chains of keys and of values; ValueError for open tables."""
+        return _chain(self.keys), _chain(self.values)
+
+    @classmethod
+    def of(cls, keys: Chain, values: Chain) -> Tier:
+        """The tables of two chains."""
+        return cls(keys=tuple(keys.tables()), values=tuple(values.tables()))
+
+
+class HeadEntry(Record):
+    """Some kv heads of a layer ("0, 2", "first 1") that are stored in a way of their own."""
+
+    span: Span
+    kept: Tier = Tier()
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str) and value != SEARCH:
+        raise ValueError('heads is a list of tables, or "search"')
+    return as_tuple(value)
+
+
+Heads = Annotated[tuple[HeadEntry, ...] | Literal["search"], BeforeValidator(_listed)]
+
+
+Rest = Annotated[Tier | Literal["drop"] | None, BeforeValidator(_fate)]
+
+
+class LayerPolicy(Record):
+    """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7").
+
+    With a selector, the tokens that win go to `kept` and the others to `rest`, or nowhere.
+    """
+
+    span: Span
+    sinks: Annotated[int | Literal["search"] | tuple[int, ...], SINKS] = 0
+    recent: Annotated[int | Literal["search"] | tuple[int, ...], RECENT] = 0
+    kept: Tier = Tier()
+    heads: Heads = ()
+    select: Selection = None
+    rest: Rest = None
+
+    def is_open(self) -> bool:
+        """True when a setting, a window, a codec or the choice of heads is left to a search."""
+        windowed = not isinstance(self.sinks, int) or not isinstance(self.recent, int)
+        return windowed or self.per_head or self.kept.is_open()
+
+    @property
+    def per_head(self) -> bool:
+        """True when a search may treat the kv heads of a layer differently."""
+        return self.heads == SEARCH
+
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """All pairs (sinks, recent) that are opened; one pair when no window is open."""
+        return tuple(itertools.product(SINKS.opened(self.sinks), RECENT.opened(self.recent)))
+
+    @model_validator(mode="after")
+    def _heads_are_closed(self) -> Self:
+        named = () if isinstance(self.heads, str) else self.heads
+        if any(entry.kept.is_open() for entry in named) or (named and self.is_open()):
+            raise ValueError(
+                'a layer that lists heads opens nothing: write heads = "search", or close it'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rest_has_a_selector(self) -> Self:
+        if self.select is None:
+            if self.rest is not None:
+                raise ValueError(
+                    "rest is what becomes of tokens that a selector passes over: "
+                    'write select = { use = "attention" }, or leave rest out'
+                )
+            return self
+        if self.heads:
+            raise ValueError("a layer that selects tokens treats its heads alike: leave heads out")
+        if self.is_open() or (isinstance(self.rest, Tier) and self.rest.is_open()):
+            raise ValueError("a layer that selects tokens is not searched: write its settings")
+        return self
+
+
+def _chain(tables: tuple[dict[str, Any], ...]) -> Chain:
+    codecs = [parts.parse(table) for table in tables]
+    return Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
