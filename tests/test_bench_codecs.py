@@ -168,7 +168,7 @@ def test_open_settings_stand_for_all_that_are_legal() -> None:
 
 def test_heads_that_no_composition_fits_are_refused(model_of: Any) -> None:
     with pytest.raises(UsageError, match="waterfill"):
-        rows(facts(model_of("mistral", head_dim=24).config), AT)
+        rows(facts(model_of("mistral", head_dim=20).config), AT)
 
 
 def recipe_text(keys: str, values: str, recent: int = 64) -> str:
