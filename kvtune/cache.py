@@ -97,6 +97,25 @@ def load(
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
+    policies, placed = resolved(recipe, model, force, tensors)
+    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
+    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, placed)
+    if not all(policy.is_dense for policy in policies):
+        model.set_attn_implementation(NAME)
+    return cache
+
+
+def resolved(
+    recipe: Recipe | Path | str,
+    model: Any,
+    force: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> tuple[tuple[Policy, ...], Mapping[str, Tensor]]:
+    """One policy for each layer of a model, and the tensors that a recipe's codecs read, checked.
+
+    Raises:
+        IntegrityError, UsageError: see `load`.
+    """
     folder = None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
@@ -106,12 +125,7 @@ def load(
     policies = recipe.policies(known)
     held = _artifact(recipe, folder) if tensors is None else tensors
     check(held, policies, known)
-    tensors = _placed(held, model)
-    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
-    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, tensors)
-    if not all(policy.is_dense for policy in policies):
-        model.set_attn_implementation(NAME)
-    return cache
+    return policies, _placed(held, model)
 
 
 def check_model(recipe: Recipe, model: Any, force: bool = False) -> None:

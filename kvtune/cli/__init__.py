@@ -20,6 +20,7 @@ def build() -> typer.Typer:
     from kvtune.cli import (
         apply,
         bench,
+        bench_codecs,
         bench_search,
         bench_tiers,
         calibrate,
@@ -57,7 +58,8 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    for name, work in {**bench.VERBS, **bench_search.VERBS, **bench_tiers.VERBS}.items():
+    found = (bench, bench_search, bench_codecs, bench_tiers)
+    for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)
     add(app, doctor.doctor, "doctor")
