@@ -22,7 +22,7 @@ from kvtune.tensors import Artifact
 ROOT = Path(__file__).resolve().parents[1]
 # not pydantic: typer itself needs it
 HEAVY = ("torch", "transformers", "optuna", "datasets", "scipy", "numpy", "kvtune.parts")
-VERBS = ("tune", "calibrate", "search", "apply", "recipe", "methods", "bench", "doctor")
+VERBS = ("tune", "calibrate", "search", "fit", "apply", "recipe", "methods", "bench", "doctor")
 
 
 def load_tiny() -> ModuleType:

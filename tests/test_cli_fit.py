@@ -1,0 +1,132 @@
+"""Fitted codecs from the command line: templates with alternatives, searches, and kvtune fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cli_tiny
+import pytest
+from cli_tiny import kv as kv
+
+from kvtune import recipe as recipes
+from kvtune import space
+from kvtune.models import Facts, LayerFacts
+from kvtune.tensors import Artifact
+
+TEMPLATE = """kvtune = 1
+name = "either"
+[[layers]]
+span = "all"
+sinks = 4
+recent = 16
+kept.keys = [{ any = [
+    [{ use = "klt" }, { use = "waterfill", bits = 2, group = 64 }],
+    [{ use = "affine", bits = "search", group = 64, axis = "channel" }],
+] }]
+kept.values = [{ use = "hadamard" }, { use = "normal", bits = "search" }]
+"""
+KNOWN = Facts("Tiny", (LayerFacts("full_attention", 2, 4, 64),) * 2, 128, 61)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text and a template."""
+    folder = tmp_path_factory.mktemp("fits")
+    cli_tiny.tiny(folder / "model")
+    cli_tiny.text(folder / "text.txt")
+    (folder / "either.toml").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Path:
+    """A finished run over the template."""
+    data = ("--data", place / "text.txt", "--bytes-at", "4k", "--trials", "6")
+    words = ("--template", place / "either.toml", *cli_tiny.SMALL, *data)
+    done = cli_tiny.called("tune", place / "model", "-o", place / "run", *words)
+    assert done.code == 0, done.err
+    return place / "run"
+
+
+def test_alternatives_open_each_list_on_its_own() -> None:
+    template = recipes.loads(TEMPLATE)
+    assert template.is_open()
+    ((opened, _),) = (list(found.values()) for found in space.opened(template, KNOWN).values())
+    names = {tuple(codec.name() for codec in chain.codecs) for chain in opened.keys}
+    assert names == {("klt", "waterfill"), ("affine",)}
+    assert len(opened.keys) == 1 + 4
+    assert len(opened.values) == 3
+    again = recipes.loads(template.dumps())
+    assert again == template
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ("{ any = [] }", "lists of parts"),
+        ("{ any = 3 }", "lists of parts"),
+        ('{ any = [[{ use = "klt" }]], use = "klt" }', "alone"),
+        ('{ any = [[{ any = [[{ use = "klt" }]] }]] }', "alternatives of its own"),
+        ('{ any = [[{ use = "kl" }]] }', "Did you mean 'klt'"),
+    ],
+)
+def test_bad_alternatives_are_refused_in_words(tables: str, said: str) -> None:
+    text = f'kvtune = 1\n[[layers]]\nspan = "all"\nkept.keys = [{tables}]\n'
+    with pytest.raises(Exception, match=said):
+        recipes.loads(text)
+
+
+def test_a_front_holds_its_fits_beside_its_recipes(tuned: Path, kv: Any) -> None:
+    fitted = 0
+    for path in sorted((tuned / "front").glob("*.toml")):
+        recipe = recipes.load(path)
+        klt = any("klt" in str(entry.kept.keys) for entry in recipe.layers)
+        assert (recipe.artifact is not None) == klt
+        if recipe.artifact:
+            fitted += 1
+            Artifact.load(path.with_name(recipe.artifact.file), recipe.artifact.sha256)
+            assert kv("recipe", "check", path).code == 0
+    assert fitted, "no recipe of the front has a fitted basis"
+
+
+def test_the_chosen_recipe_runs_with_its_tensors(tuned: Path, place: Path, kv: Any) -> None:
+    chosen = recipes.load(tuned / "chosen")
+    if chosen.artifact:
+        assert chosen.artifact.file == "kvtune.safetensors"
+    said = kv("apply", tuned / "chosen", "--model", place / "model", "--prompt", "print")
+    assert said.code == 0, said.err
+
+
+def test_fit_makes_a_shipped_recipe_the_models_own(tuned: Path, place: Path, kv: Any) -> None:
+    target = place / "fitted"
+    found = kv.json("fit", "klt-2.3", "--profile", tuned, "-o", target)
+    assert found["ok"], found["error"]
+    assert found["data"]["tensors"] == 2 * 4  # of two layers: mean, basis, inverse and planes
+    said = kv("apply", target, "--model", place / "model", "--prompt", "print")
+    assert said.code == 0, said.err
+    refused = kv("apply", "klt-2.3", "--model", place / "model", "--prompt", "print")
+    assert refused.code == 4 and "kvtune fit" in refused.told
+
+
+def test_fit_of_a_recipe_without_fits_binds_it_alone(tuned: Path, place: Path, kv: Any) -> None:
+    target = place / "plain"
+    found = kv.json("fit", "kivi-4", "--profile", tuned / "profile.safetensors", "-o", target)
+    assert found["data"]["tensors"] == 0 and found["data"]["sha256"] is None
+    assert not (target / "kvtune.safetensors").exists()
+    assert recipes.load(target).model is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("fit", "klt-2.3", "--profile", "nowhere"), 7, "nowhere"),
+        (("fit", "search-fast", "--profile", "RUN"), 2, "is a template"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(
+    words: tuple[str, ...], code: int, said: str, tuned: Path, kv: Any
+) -> None:
+    done = kv(*(str(tuned) if word == "RUN" else word for word in words))
+    assert done.code == code
+    assert said in done.told
