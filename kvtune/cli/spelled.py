@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtune.errors import UsageError
@@ -48,7 +48,7 @@ def _count(tokens: int | str | tuple[int, ...]) -> str:
     return str(tokens or "")
 
 
-def chain(tables: tuple[dict[str, Any], ...]) -> str:
+def chain(tables: Sequence[Mapping[str, Any]]) -> str:
     """A chain of codecs; `search` stands where a template is open."""
     return " > ".join(_codec(table) for table in tables) or DENSE["keys"]
 
@@ -56,6 +56,8 @@ def chain(tables: tuple[dict[str, Any], ...]) -> str:
 def _codec(table: Mapping[str, Any]) -> str:
     from kvtune import parts
 
+    if parts.ANY in table:
+        return f"either {' or '.join(f'({chain(tables)})' for tables in table[parts.ANY])}"
     whole = dict(table) if parts.is_open(table) else parts.parse(table).table()
     optional = whole.pop(parts.OPTIONAL, False)
     settings = " ".join(f"{key}={value}" for key, value in whole.items() if key != "use")
