@@ -126,7 +126,13 @@ def attend_split(
     K_LOW: tl.constexpr = 2 if K_BITS == 3 else K_BITS
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else D
     W: tl.constexpr = C * K_LOW // 8
-    WIDE: tl.constexpr = triton.next_power_of_2(W) if W > 16 else 16
+    ALL: tl.constexpr = triton.next_power_of_2(W) if W > 16 else 16
+    # what lies behind a power of two, as of planes of 2.25 to 3 bits, is read on its own where that
+    # is less than padding all to the next one
+    HALF: tl.constexpr = ALL // 2
+    BEHIND: tl.constexpr = triton.next_power_of_2(W - HALF) if W - HALF > 16 else 16
+    REST: tl.constexpr = BEHIND if CHANNELS > 0 and HALF + BEHIND < ALL else 0
+    WIDE: tl.constexpr = HALF if REST > 0 else ALL
     ROWS: tl.constexpr = PAGE * V_LOW // 8  # tokens of a slice of values
     lane = tl.arange(0, WIDE)
     PLANES += h * C
@@ -139,32 +145,47 @@ def attend_split(
     if K_BITS < 4:
         q2 = _asked(q_row, used, PLANES, lane, 2, CHANNELS, W)
         q3 = _asked(q_row, used, PLANES, lane, 3, CHANNELS, W)
+    r0 = q0
+    r1 = q1
+    r2 = q2
+    r3 = q3
+    if REST > 0:
+        behind = WIDE + tl.arange(0, REST)
+        r0 = _asked(q_row, used, PLANES, behind, 0, CHANNELS, W)
+        r1 = _asked(q_row, used, PLANES, behind, 1, CHANNELS, W)
+        r2 = _asked(q_row, used, PLANES, behind, 2, CHANNELS, W)
+        r3 = _asked(q_row, used, PLANES, behind, 3, CHANNELS, W)
     # loaded, not made: so they can follow the codes into the layout of an operand
     k_lanes = tl.load(LANES + lane)
+    r_lanes = tl.load(LANES + tl.arange(0, REST if REST > 0 else 16))
     v_lanes = tl.load(LANES + tl.arange(0, ROWS))
     tiles = paged // PAGE
     stretch = (tiles + splits - 1) // splits
     begin = part * stretch
     for tile in tl.range(begin, tl.minimum(begin + stretch, tiles), num_stages=STAGES):
         s0 = logits(
-            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
-            K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
+            KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, r0, r1, r2, r3, r_lanes, due, scale,
+            bias, K_BITS, K_GROUP, K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, REST,
+            MASKED, CAP, BIASED, ASM,
         )  # fmt: skip
         peak = tl.max(s0, 0)
         if V_BITS < 8:
             s1 = logits(
-                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
-                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
+                KC, KM, tile, 1, q0, q1, q2, q3, k_lanes, r0, r1, r2, r3, r_lanes, due, scale,
+            bias, K_BITS, K_GROUP, K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, REST,
+                MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(s0, s1), 0)
         if V_BITS < 4:
             s2 = logits(
-                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
-                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
+                KC, KM, tile, 2, q0, q1, q2, q3, k_lanes, r0, r1, r2, r3, r_lanes, due, scale,
+            bias, K_BITS, K_GROUP, K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, REST,
+                MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             s3 = logits(
-                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, due, scale, bias, K_BITS, K_GROUP,
-                K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, MASKED, CAP, BIASED, ASM,
+                KC, KM, tile, 3, q0, q1, q2, q3, k_lanes, r0, r1, r2, r3, r_lanes, due, scale,
+            bias, K_BITS, K_GROUP, K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, REST,
+                MASKED, CAP, BIASED, ASM,
             )  # fmt: skip
             peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
         peak = tl.maximum(top, peak)
@@ -172,7 +193,7 @@ def attend_split(
         top = peak
         page = VC + tile * (PAGE * D * V_BITS // 8)
         v0, v1, v2, v3 = slices(
-            page, page + PAGE * D * V_LOW // 8, channel, v_lanes, VM, tile, 0, False, V_BITS,
+            page, page + PAGE * D * V_LOW // 8, channel, v_lanes, VM, tile, 0, 0, False, V_BITS,
             V_GROUP, V_PER_TOKEN, V_SYMMETRIC, D, D2, ROWS, ROWS, ASM,
         )  # fmt: skip
         p = tl.exp2(s0 - top[None, :])

@@ -36,9 +36,10 @@ def _spread(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _metadata(
-    META, tile, first: tl.constexpr, lanes, lift, i: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+    META, tile, first: tl.constexpr, lane0: tl.constexpr, lanes, lift, i: tl.constexpr,
+    KEYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Scale * lift and zero - scale * lift of slice i of a tile, over its [ROWS, WIDE] values.
 
@@ -48,7 +49,7 @@ def _metadata(
     tokens: tl.constexpr = ROWS if KEYS else WIDE
     channels: tl.constexpr = WIDE if KEYS else ROWS
     token0: tl.constexpr = first if KEYS else i * W
-    channel0: tl.constexpr = i * W if KEYS else 0
+    channel0: tl.constexpr = i * W + lane0 if KEYS else 0
     if PER_TOKEN:  # pages of [D / GROUP, PAGE]
         nt: tl.constexpr = tokens
         # a head of 96 channels is cut into slices of 48, which groups of 32 do not fit
@@ -56,8 +57,9 @@ def _metadata(
         few: tl.constexpr = channels // GROUP if channels > GROUP else 1
         nc: tl.constexpr = few if whole else channels
         token = token0 + tl.arange(0, nt)
-        # scales alone are read in words of two: fewer bytes cannot be copied ahead of their use
-        pair: tl.constexpr = 2 if SYMMETRIC and ASM and not KEYS else 1
+        # Scales of 32 tokens are read in words of two: less than four bytes a thread are not copied
+        # ahead of their use. Of 16 tokens they are, and in words they took half as long again.
+        pair: tl.constexpr = 2 if SYMMETRIC and ASM and not KEYS and BITS == 4 else 1
         if pair == 2:
             META = META.to(tl.pointer_type(tl.uint32))
         t = token // pair
@@ -72,7 +74,7 @@ def _metadata(
         nc: tl.constexpr = channels
         t = tl.arange(0, nt) * D
         c = channel0 + tl.arange(0, nc)
-        there = tl.arange(0, nc) < (W if KEYS else D)
+        there = tl.arange(0, nc) < (W - lane0 if KEYS else D)
         line = tile * PAGE // GROUP
         if GROUP < PAGE:
             line += token0 // GROUP
@@ -84,7 +86,7 @@ def _metadata(
     else:
         where = at + c[:, None] * c_step + t[None, :]
         there = there[:, None] & (t[None, :] >= 0)
-    bounded: tl.constexpr = WIDE != W if KEYS else ROWS != D
+    bounded: tl.constexpr = lane0 + WIDE > W if KEYS else ROWS != D
     meta = tl.load(where, mask=there, other=0) if bounded else tl.load(where)
     if SYMMETRIC:
         if pair == 2:
@@ -107,15 +109,16 @@ def _metadata(
 
 @triton.jit
 def _slice(
-    LINES, HIGH, rows, META, tile, first: tl.constexpr, i: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    LINES, HIGH, rows, META, tile, first: tl.constexpr, lane0: tl.constexpr, i: tl.constexpr,
+    KEYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Slice i of a tile as float16 values [ROWS, WIDE], in plain Triton."""
-    j = tl.arange(0, WIDE)
+    j = lane0 + tl.arange(0, WIDE)
     s, z = _metadata(
-        META, tile, first, None, None, i, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE,
-        False,
+        META, tile, first, lane0, None, None, i, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D, ROWS,
+        W, WIDE, False,
     )  # fmt: skip
     ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
     low = LINES + rows[:, None] * W
@@ -128,59 +131,60 @@ def _slice(
 
 @triton.jit
 def slices(
-    LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, KEYS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+    LINES, HIGH, rows, lanes, META, tile, first: tl.constexpr, lane0: tl.constexpr,
+    KEYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The 8 // BITS slices (four for 3 bits) of a packed tile, each as float16 [ROWS, WIDE];
-    what a format has no use for repeats the first."""
+    """The 8 // BITS slices (four for 3 bits) of a packed tile from lane0 on, each as float16
+    [ROWS, WIDE]; what a format has no use for repeats the first."""
     if not ASM:
         x0 = _slice(
-            LINES, HIGH, rows, META, tile, first, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-            ROWS, W, WIDE,
+            LINES, HIGH, rows, META, tile, first, lane0, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+            D, ROWS, W, WIDE,
         )  # fmt: skip
         x1 = x0
         x2 = x0
         x3 = x0
         if BITS < 8:
             x1 = _slice(
-                LINES, HIGH, rows, META, tile, first, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE,
+                LINES, HIGH, rows, META, tile, first, lane0, 1, KEYS, BITS, GROUP, PER_TOKEN,
+                SYMMETRIC, D, ROWS, W, WIDE,
             )  # fmt: skip
         if BITS < 4:
             x2 = _slice(
-                LINES, HIGH, rows, META, tile, first, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE,
+                LINES, HIGH, rows, META, tile, first, lane0, 2, KEYS, BITS, GROUP, PER_TOKEN,
+                SYMMETRIC, D, ROWS, W, WIDE,
             )  # fmt: skip
             x3 = _slice(
-                LINES, HIGH, rows, META, tile, first, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE,
+                LINES, HIGH, rows, META, tile, first, lane0, 3, KEYS, BITS, GROUP, PER_TOKEN,
+                SYMMETRIC, D, ROWS, W, WIDE,
             )  # fmt: skip
     else:
         # codes of lanes 0, 1 of four lie two bits lower than those of lanes 2, 3
         lift = tl.where(lanes % 4 < 2, 4.0, 1.0).to(tl.float16) * (8.0 if BITS == 3 else 4.0)
-        j = tl.arange(0, WIDE)
+        j = lane0 + tl.arange(0, WIDE)
         where = LINES + rows[:, None] * W + j[None, :]
-        bounded: tl.constexpr = WIDE != W or (ROWS != D and not KEYS)
+        bounded: tl.constexpr = lane0 + WIDE > W or (ROWS != D and not KEYS)
         ok = (j[None, :] < W) & (rows[:, None] < (PAGE if KEYS else D))
         word = tl.load(where, mask=ok, other=0) if bounded else tl.load(where)
         s0, z0 = _metadata(
-            META, tile, first, lanes, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-            ROWS, W, WIDE, True,
+            META, tile, first, lane0, lanes, lift, 0, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+            D, ROWS, W, WIDE, True,
         )  # fmt: skip
         if BITS < 8:
             s1, z1 = _metadata(
-                META, tile, first, lanes, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE, True,
+                META, tile, first, lane0, lanes, lift, 1, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+                D, ROWS, W, WIDE, True,
             )  # fmt: skip
         if BITS < 4:
             s2, z2 = _metadata(
-                META, tile, first, lanes, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE, True,
+                META, tile, first, lane0, lanes, lift, 2, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+                D, ROWS, W, WIDE, True,
             )  # fmt: skip
             s3, z3 = _metadata(
-                META, tile, first, lanes, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC, D,
-                ROWS, W, WIDE, True,
+                META, tile, first, lane0, lanes, lift, 3, KEYS, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+                D, ROWS, W, WIDE, True,
             )  # fmt: skip
         if BITS == 8:
             x0 = values_8(word, s0, z0)
@@ -203,18 +207,23 @@ def slices(
 
 @triton.jit
 def logits(
-    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, seen, scale, bias, BITS: tl.constexpr,
-    GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-    CAP: tl.constexpr, BIASED: tl.constexpr, ASM: tl.constexpr,
+    KEYS, META, tile, u: tl.constexpr, q0, q1, q2, q3, lanes, r0, r1, r2, r3, r_lanes, seen, scale,
+    bias, BITS: tl.constexpr, GROUP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr,
+    BIASED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Logits times log2(e), [ROWS, N], of the u-th ROWS keys of a page; D is their channels'."""
+    """Logits times log2(e), [ROWS, N], of the u-th ROWS keys of a page; D is their channels'.
+
+    Queries q meet the first WIDE lanes of each slice, r the REST behind them where there are some.
+    """
     low: tl.constexpr = 2 if BITS == 3 else BITS
     page = KEYS + tile * (PAGE * D * BITS // 8)
+    high = page + PAGE * D * low // 8
     rows = u * ROWS + tl.arange(0, ROWS)
     k0, k1, k2, k3 = slices(
-        page, page + PAGE * D * low // 8, rows, lanes, META, tile, u * ROWS, True, BITS, GROUP,
-        PER_TOKEN, SYMMETRIC, D, ROWS, W, WIDE, ASM,
+        page, high, rows, lanes, META, tile, u * ROWS, 0, True, BITS, GROUP, PER_TOKEN, SYMMETRIC,
+        D, ROWS, W, WIDE, ASM,
     )  # fmt: skip
     s = tl.dot(k0, q0)
     if BITS < 8:
@@ -222,6 +231,15 @@ def logits(
     if BITS < 4:
         s = tl.dot(k2, q2, s)
         s = tl.dot(k3, q3, s)
+    if REST > 0:
+        k0, k1, k2, k3 = slices(
+            page, high, rows, r_lanes, META, tile, u * ROWS, WIDE, True, BITS, GROUP, PER_TOKEN,
+            SYMMETRIC, D, ROWS, W, REST, ASM,
+        )  # fmt: skip
+        s = tl.dot(k0, r0, s)
+        s = tl.dot(k1, r1, s)
+        s = tl.dot(k2, r2, s)
+        s = tl.dot(k3, r3, s)
     s = capped(s, scale, bias, CAP, BIASED)
     if MASKED:
         s = tl.where((rows + tile * PAGE)[:, None] < seen[None, :], s, FAR)
