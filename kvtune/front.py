@@ -76,10 +76,14 @@ class Point:
 
 def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Base]]:
     """All uniform rivals, and an even choice of the study's front, each with its origin."""
-    found = [row for row in front(rows) if not row.origin.startswith("uniform")]
+    best = front(rows)
+    found = [row for row in best if not row.origin.startswith("uniform")]
     chosen = evenly(found, [row.attrs["bits"] for row in found], most)
-    tuned = [(row.origin, layout.base(row.choice)) for row in chosen]
-    return [*layout.rivals.items(), *tuned]
+    for budget in layout.budgets:
+        within = [row for row in best if float(row.attrs["bytes"]) <= budget]
+        chosen += [max(within, key=lambda row: float(row.attrs["bytes"]))] if within else []
+    tuned = {row.number: (row.origin, layout.base(row.choice)) for row in chosen}
+    return [*layout.rivals.items(), *tuned.values()]
 
 
 def held_out(
@@ -92,16 +96,24 @@ def held_out(
     return Candidate(origin, policies, weight.bytes, bench.measure(policies).means()["kl"], latency)
 
 
-def worth_proving(measured: list[Candidate], most: int) -> list[Candidate]:
+def worth_proving(
+    measured: list[Candidate], most: int, budgets: Sequence[int] = ()
+) -> list[Candidate]:
     """The points that no other beats on held-out text, uniform ones included; largest first.
+
+    Where budgets in bytes are given, they are the best within each instead.
 
     Of those with a negligible KL only the smallest is kept. A point goes, too, where a fiftieth
     more of bytes and time buys another with a fifth less KL: nobody would choose it.
     """
     best = [own for own in measured if not any(dominates(x.values, own.values) for x in measured)]
     best = list({own.values: own for own in reversed(best)}.values())  # equals once, the first
-    best = [own for own in best if not any(_bargain(other, own) for other in best)]
     best.sort(key=lambda candidate: (-candidate.bytes, candidate.kl))
+    if budgets:
+        # in descending bytes, so the first within a budget is the nearest to the dense model
+        within = [next((own for own in best if own.bytes <= budget), None) for budget in budgets]
+        return [own for own in best if own in within]
+    best = [own for own in best if not any(_bargain(other, own) for other in best)]
     while len(best) > 1 and best[1].kl < NEGLIGIBLE:
         del best[0]
     return evenly(best, [candidate.bytes for candidate in best], most)

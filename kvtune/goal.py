@@ -51,6 +51,7 @@ class Goal:
     budgets: int = 18  # points of the surrogate front that every search measures
     rivals: int = 12  # uniform recipes that meet it on held-out text; a third is searched too
     clusters: int = 4  # per side
+    within: tuple[float, ...] = ()  # true bits per value: the best recipe within each is proved
 
     @property
     def timed(self) -> bool:
@@ -58,8 +59,16 @@ class Goal:
         return "latency" in self.objectives or self.bounds.max_latency is not None
 
     @classmethod
-    def parse(cls, objectives: str, context: int, batch: int, bounds: Bounds | None = None) -> Goal:
-        """Reads `memory,accuracy,latency`, any of them in any order; UsageError for others."""
+    def parse(
+        cls,
+        objectives: str,
+        context: int,
+        batch: int,
+        bounds: Bounds | None = None,
+        within: str = "",
+    ) -> Goal:
+        """Reads `memory,accuracy,latency`, any of them in any order, and `within` as "2,2.5,3";
+        UsageError for others."""
         wanted = tuple(word.strip() for word in objectives.split(","))
         for word in wanted:
             if word not in OBJECTIVES:
@@ -68,7 +77,20 @@ class Goal:
             raise UsageError(f"--objective {objectives} names one twice.", "Give each once.")
         bounds = bounds or Bounds()
         _bounded(wanted, bounds)
-        return cls(wanted, context, batch, bounds)
+        return cls(wanted, context, batch, bounds, within=_bits(within))
+
+
+def _bits(words: str) -> tuple[float, ...]:
+    """Reads true bits per value, such as "2,2.5,3"."""
+    try:
+        found = tuple(float(word) for word in words.split(",")) if words else ()
+    except ValueError:
+        found = (0.0,)
+    if not all(0 < bits <= 16 for bits in found) or len(set(found)) < len(found):
+        raise UsageError(
+            f"--bits {words} is no list of true bits per value.", "Give for example --bits 2,2.5,3."
+        )
+    return tuple(sorted(found))
 
 
 def _bounded(wanted: tuple[str, ...], bounds: Bounds) -> None:

@@ -65,7 +65,7 @@ class Layout:
         searched = spread(list(self.rivals), max(2, goal.rivals // 3))
         some = {name: self.rivals[name] for name in searched}
         first, more = self._fronts()
-        named = _distinct({**some, **self._protected(some), **first})
+        named = _distinct({**self._within(), **some, **self._protected(some), **first})
         fitting = {name: base for name, base in named.items() if fits(self.policies(base))}
         finer = {name: base for name, base in more.items() if fits(self.policies(base))}
         self.bases = _distinct({**fitting, **finer})
@@ -128,6 +128,25 @@ class Layout:
             first |= {f"{kind} {i:02}": bases[i] for i in coarse}
             more |= {f"{kind} {i:02}": bases[i] for i in rest}
         return first, more
+
+    def _within(self) -> dict[str, Base]:
+        """What is predicted to be best within each number of bits that the goal asks for."""
+        found = {}
+        for bits, budget in zip(self.goal.within, self.budgets, strict=True):
+            every = []
+            for window, view in self.views.items():
+                solver = Budgets(view.whole)
+                if budget // self.goal.batch >= solver.range[0]:
+                    base = Base(window, solver.best(budget // self.goal.batch))
+                    every.append((self.predict(base).kl, base))
+            if every:
+                found[f"within {bits:g} bits"] = min(every, key=lambda one: one[0])[1]
+        return found
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The bytes that each number of bits that the goal asks for comes to."""
+        return tuple(int(bits / 16 * self._dense_bytes) for bits in self.goal.within)
 
     def _front(self, over: str) -> list[Base]:
         """What nothing is predicted to beat, over all windows, from the smallest on."""

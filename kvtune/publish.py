@@ -89,7 +89,8 @@ class Publisher:
             self.say("held-out text", done, len(chosen))
         runs.clear_front(self.folder)
         points: list[Point] = []
-        proved = worth_proving([one for one in measured if self._keeps(one)], most)
+        kept = [one for one in measured if self._keeps(one)]
+        proved = worth_proving(kept, most, layout.budgets)
         if bench.compiles:
             self.say("compiling kernels", 0, 1)
             bench.warm(candidate.policies for candidate in proved)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from kvtune.cache import layer_bytes
+from kvtune.cache import fitted_bytes, layer_bytes
 from kvtune.growth import Growth
 from kvtune.models import Facts
 from kvtune.parts import Chain
@@ -117,11 +117,13 @@ def surrogate(
             cells: list[tuple[Chain, int, tuple[float, ...], float]] = []
             for chain in own.chains(side):
                 sizes = layer_bytes(_paired(own, side, chain), kv_heads, head_dim, context)
+                fixed = fitted_bytes(own.cell(side, chain), kv_heads, head_dim)
+                size = sizes[SIDES.index(side)] + fixed[SIDES.index(side)]
                 cell = Cell(layer, side, setting(chain), own.sinks, own.recent)
                 time = _time(speed, own, side, chain) if speed else 0.0
                 found = prices[cell]
                 split = found if isinstance(found, tuple) else (found,)
-                cells.append((chain, sizes[SIDES.index(side)], split, time))
+                cells.append((chain, size, split, time))
             heads = range(kv_heads) if by_head and own.per_head else (None,)
             for head in heads:
                 rungs[Place(layer, side, head)] = _rungs(cells, head, kv_heads)

@@ -25,7 +25,7 @@ FLOORS = (
     "entries intervals leases levels models pages planes table turning turns bench.kernels",
     "policy",
     "attention fitted folded recipe workers methods.* tasks.* bench.latency",
-    "commons fused rows space",
+    "commons fused rows space bench.applied",
     "tiers",
     "growth kvtuner layer profile speed",
     "fit heads",

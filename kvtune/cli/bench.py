@@ -47,6 +47,9 @@ Heads = Annotated[
 Rows = Annotated[
     str, typer.Option(metavar="N,...", help="Only these rows of the acceptance table.")
 ]
+Formatted = Annotated[
+    str, typer.Option("--recipe", help="The formats of this recipe's layers, mean of all; 8x32k.")
+]
 Latency = Annotated[
     bool, typer.Option("--table", help="Measure and save the latency table of this device.")
 ]
@@ -95,6 +98,7 @@ def kernels(
     formats: Formats = "",
     heads: Heads = USUAL_HEADS,
     rows: Rows = "",
+    recipe: Formatted = "",
     table: Latency = False,
     output: File = None,
 ) -> None:
@@ -116,11 +120,14 @@ def kernels(
         raise UsageError("The latency table has formats of its own: leave out --formats.")
     places = batches or list(latency.BATCHES), contexts or list(latency.CONTEXTS)
     wanted = grid((formats or USUAL_FORMATS).split(","), *places, shape)
+    applied = _applied(recipe, shape, batches or [8], contexts or [32768]) if recipe else []
     device = check_device()
     lab, ran_on = Lab(device), machine(device)
     out.note(f"{ran_on['device']}: device copy {lab.copy_rate / 1e12:.2f} TB/s, read and written.")
     out.data |= {"rows": [], "table": None, "copy_rate": lab.copy_rate, **ran_on}
-    if table:
+    if applied:
+        _judge(out, lab, applied)
+    elif table:
         _save_table(out, lab, latency.cases(shape, *places), ran_on)
     elif of_grid:
         _time_grid(out, lab, wanted)
@@ -129,6 +136,17 @@ def kernels(
     out.data["cases"] = [timing.table() for timing in lab.timings.values()]
     out.print(timings.cases(lab.timings.values()), ", ".join(ran_on.values()))
     write(output, out)
+
+
+def _applied(name: str, shape: Shape, batches: list[int], contexts: list[int]) -> list[Row]:
+    """A recipe's layers at every batch and context."""
+    from kvtune.bench.applied import row_of
+    from kvtune.recipe import load
+    from kvtune.shipped import find
+
+    read = load(find(name))
+    places = [replace(shape, batch=b, context=n) for b in batches for n in contexts]
+    return [row_of(read, place) for place in places]
 
 
 def _chosen(every: tuple[Row, ...], rows: str) -> list[Row]:

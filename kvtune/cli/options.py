@@ -119,6 +119,10 @@ class Aim:
             help="Keep to this attention time of all layers per decoded token: 900us, 1.5ms.",
         ),
     ] = None
+    bits: Annotated[
+        str,
+        _search(metavar="N,...", help="Prove the best recipe within each of these true bits."),
+    ] = ""
     latency_table: Annotated[
         Path | None,
         _search(metavar="FILE", help="A table of another device; kvtune bench kernels --table."),

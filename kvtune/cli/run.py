@@ -55,7 +55,7 @@ def open_run(
 def goal_of(aim: Aim, count: Count, context: int) -> Goal:
     """What a search is for, as the options say it; UsageError when they contradict themselves."""
     bounds = Bounds(aim.max_bytes, aim.max_kl, aim.max_latency, aim.min_ratio)
-    return Goal.parse(aim.objective, context, count.batch, bounds)
+    return Goal.parse(aim.objective, context, count.batch, bounds, aim.bits)
 
 
 def limits_of(folder: Path, aim: Aim, storage: str = "", **rest: bool) -> Limits:
