@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(place: Path) -> Path:
     """A finished run over the template."""
-    data = ("--data", place / "text.txt", "--bytes-at", "4k", "--trials", "6")
+    data = ("--data", place / "text.txt", "--bytes-at", "64k", "--trials", "6")
     words = ("--template", place / "either.toml", *cli_tiny.SMALL, *data)
     done = cli_tiny.called("tune", place / "model", "-o", place / "run", *words)
     assert done.code == 0, done.err

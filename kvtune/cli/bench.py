@@ -20,7 +20,7 @@ from kvtune.errors import UnsupportedError, UsageError
 from kvtune.files import write_atomic
 
 if TYPE_CHECKING:
-    from kvtune.bench.cases import Case, Row
+    from kvtune.bench.cases import Case, Row, Shape
     from kvtune.bench.kernels import Lab
 
 LLAMA_8B = "llama-8b"
