@@ -88,11 +88,13 @@ def _shipped() -> dict[str, Path]:
 
 
 SHIPPED = _shipped()
-# the presets of others are for models of many layers; their import has laws of its own
+# the presets of others are for models of many layers, and one tuned recipe stands for all
+TUNED = "smollm2-135m-instruct"
+HEAVY = ("kvtuner-", f"{TUNED}/", f"{TUNED}-2.5", f"{TUNED}-3", f"{TUNED}-4")
 RUNNABLE = {
     name: path
     for name, path in SHIPPED.items()
-    if not recipes.load(path).is_open() and not name.startswith("kvtuner-")
+    if not recipes.load(path).is_open() and not name.startswith(HEAVY)
 }
 
 
