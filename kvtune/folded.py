@@ -73,22 +73,23 @@ class Folded:
         if self.keys is None or not self.shifted:
             return None
         wide = query.unflatten(1, (self.keys.shift.shape[0], -1)).float()
-        lacking = torch.einsum("bhsnd,hd->bhsn", wide, self.keys.shift).flatten(1, 2)
+        lacking = torch.einsum("bhsnd,hd->bhsn", wide, self.keys.shift.float()).flatten(1, 2)
         return lacking * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _on(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.device, torch.float32).contiguous()
+    return x.to(like.device)
 
 
 def _into(fold: Fold | None) -> Map | None:
     if fold is None:
         return None
-    return Map(fold.turn, -torch.einsum("hd,hde->he", fold.shift, fold.turn))
+    shift = torch.einsum("hd,hde->he", fold.shift.float(), fold.turn.float())
+    return Map(fold.turn.contiguous(), -shift)
 
 
 def _out_of(fold: Fold | None) -> Map | None:
-    return None if fold is None else Map(fold.back, fold.shift)
+    return None if fold is None else Map(fold.back.contiguous(), fold.shift)
 
 
 def _asking(fold: Fold | None) -> Map | None:

@@ -15,13 +15,13 @@ if triton is not None:
 class Map(NamedTuple):
     """y = x @ matrix + offset, of each kv head; query heads take the map of the one they share."""
 
-    matrix: Tensor  # [H, D, D], float32
-    offset: Tensor  # [H, D], float32
+    matrix: Tensor  # [H, D, D], float16 or float32
+    offset: Tensor  # [H, D], float16 or float32
 
     def plain(self, x: Tensor) -> Tensor:
         """y of x [B, Hx, n, D], Hx a multiple of H, in plain torch."""
         wide = x.unflatten(1, (self.matrix.shape[0], -1)).float()
-        out = wide @ self.matrix[:, None] + self.offset[:, None, None]
+        out = wide @ self.matrix[:, None].float() + self.offset[:, None, None].float()
         return out.flatten(1, 2).to(x.dtype)
 
 

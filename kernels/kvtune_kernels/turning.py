@@ -2,7 +2,7 @@
 
 A step turns few rows by matrices [D, D], one for each kv head, so a launch costs more than the work
 does: it comes before what it waits for has ended. Products are as exact as float32's own (three of
-TF32 each). Floor: the matrices, 4 * D * D bytes a kv head and map, each read once.
+TF32 each). Floor: the matrices, 2 or 4 * D * D bytes a kv head and map, each read once.
 """
 
 import triton
@@ -24,7 +24,8 @@ def _turn_rows(
     k = tl.arange(0, D2)
     ok = (k < D)[:, None] & (column < D)[None, :]
     matrix = tl.load(MATRIX + (h * D + k)[:, None] * D + column[None, :], mask=ok, other=0.0)
-    offset = tl.load(OFFSET + h * D + column, mask=column < D, other=0.0)
+    matrix = matrix.to(tl.float32)
+    offset = tl.load(OFFSET + h * D + column, mask=column < D, other=0.0).to(tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_wait()  # the matrix is on its way while x is still being made
     x_row = X + b * x_b + head * x_h + m * x_m

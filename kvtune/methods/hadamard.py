@@ -1,6 +1,8 @@
 """Turns heads by a Hadamard matrix, which spreads outliers over
 all channels (QuaRot, arXiv:2404.00456)."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,7 @@ class Hadamard(Codec):
 
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
         """The matrix itself, for every head."""
-        turn = matrix(head_dim).expand(heads, -1, -1)
-        return Fold(torch.zeros(heads, head_dim), turn, turn.transpose(-1, -2))
+        return _fold(heads, head_dim, site.positions.device)
 
     def encode(self, x: Tensor, site: Site) -> Code:
         """Returns the turned x [B, H, T, D]."""
@@ -38,3 +39,13 @@ class Hadamard(Codec):
     def decode(self, code: Code, site: Site) -> Tensor:
         """Returns x [B, H, T, D], turned back."""
         return turned(code.body, inverse=True).to(site.dtype)
+
+
+@cache
+def _fold(heads: int, head_dim: int, device: torch.device) -> Fold:
+    """One for all layers of a device."""
+    with torch.inference_mode(False):  # it is kept beyond the caller's mode
+        turn = matrix(head_dim).expand(heads, -1, -1).contiguous().to(device)
+        symmetric = torch.equal(turn[0], turn[0].T)
+        back = turn if symmetric else turn.transpose(-1, -2).contiguous()
+        return Fold(torch.zeros(heads, head_dim, device=device), turn, back)

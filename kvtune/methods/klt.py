@@ -27,7 +27,7 @@ class Klt(Turn):
     weight: Literal["reads", "plain"] = "reads"
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
-        """Mean, basis and its inverse of each head in 16 bits."""
+        """Mean, basis and its inverse, transposed as queries are turned by it, in 16 bits."""
         half = torch.empty(heads, head_dim, head_dim, dtype=torch.float16, device="meta")
         return {"basis": half, "inverse": half.clone(), "mean": half[:, 0].clone()}
 
@@ -38,12 +38,13 @@ class Klt(Turn):
         _, vectors = torch.linalg.eigh(root @ seen.covariance @ root)
         basis = root @ vectors.flip(-1)
         basis = (basis / basis.abs().amax((1, 2), keepdim=True)).half()
-        inverse = torch.linalg.inv(basis.double()).half()
+        inverse = torch.linalg.inv(basis.double()).transpose(-1, -2).half()
         return {"basis": basis, "inverse": inverse, "mean": seen.mean.half()}
 
     def made(self, tensors: dict[str, Tensor]) -> Fold:
         """As it is stored."""
-        return Fold(tensors["mean"], tensors["basis"], tensors["inverse"])
+        back = tensors["inverse"].transpose(-1, -2)
+        return Fold(tensors["mean"], tensors["basis"], back)
 
 
 def _root(weight: Tensor) -> Tensor:
