@@ -230,7 +230,7 @@ def tune(
     folder: Path | str,
     *,
     data: str = "builtin",
-    template: Recipe | str = "search-affine",
+    template: Recipe | str = "search-fast",
     name: str = "",
     settings: Settings | None = None,
     say: Say = quiet,

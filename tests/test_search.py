@@ -100,6 +100,17 @@ def test_starts_are_distinct_and_hold_uniform_and_surrogate_points(ready: Layout
     assert ready.essential <= len(ready.starts)
 
 
+def test_starts_hold_the_best_within_each_number_of_bits(made: Made) -> None:
+    layout = made(goal=replace(GOAL, within=(4.0, 6.0))).layout
+    named = {name: base for name, base in layout.bases.items() if name.startswith("within")}
+    assert set(named) == {"within 4 bits", "within 6 bits"}
+    dense = weigh((Policy(),) * len(layout.known.layers), layout.known, GOAL.context).bytes
+    assert layout.budgets == (dense // 4, dense * 6 // 16)
+    for base, budget in zip(named.values(), layout.budgets, strict=True):
+        found = weigh(layout.policies(base), layout.known, GOAL.context).bytes
+        assert 0.8 * budget < found <= 1.03 * budget
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 64])
 def test_a_bisected_order_holds_each_index_once_and_begins_with_the_ends(count: int) -> None:
     order = bisected(count)

@@ -39,7 +39,7 @@ def calibrate(
     text: Text,
     count: Count,
     output: Folder = None,
-    template: Template = "search-affine",
+    template: Template = "search-fast",
     continuation: Continuation = 128,
     seed: Seed = 0,
     exact: Annotated[

@@ -27,7 +27,7 @@ def tune(
     aim: Aim,
     count: Count,
     output: Folder = None,
-    template: Template = "search-affine",
+    template: Template = "search-fast",
     continuation: Continuation = 128,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the folder's search.")] = False,
