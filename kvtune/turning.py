@@ -1,8 +1,7 @@
 """Moments of keys and queries under the rotary embedding, averaged over the positions of a context.
 
 Post-RoPE keys of a long context are distributed unlike those of a short one: slow channel pairs
-turn on. Their moments follow from pre-RoPE moments, so a short calibration fits any context: a
-basis fitted to what 512 tokens showed loses three times as much KL at 2,048 tokens as this one.
+turn on. Their moments follow from pre-RoPE moments, so a short calibration fits any context.
 """
 
 from __future__ import annotations

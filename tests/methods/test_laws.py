@@ -218,9 +218,9 @@ def stored_channels(codec: Codec, site: Site) -> Tensor:
 def test_one_token_alone_and_zeros_are_finite(codec: Codec, place: Any) -> None:
     """A block of one token told again, and nothing at all."""
     one = draw(codec, 1).expand(-1, -1, codec.block, -1)
-    for x in (one, torch.zeros_like(one)):
-        site = place(codec, codec.block)
-        assert codec.decode(codec.encode(x, site), site).isfinite().all()
+    for x, dtype in itertools.product((one, torch.zeros_like(one)), DTYPES):
+        site = place(codec, codec.block, dtype)
+        assert codec.decode(codec.encode(x.to(dtype), site), site).isfinite().all()
 
 
 @every_codec
