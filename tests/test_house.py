@@ -22,7 +22,7 @@ FLOORS = (
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "demo parts runs sampling shipped storage task tensors texts bench.store",
-    "entries intervals leases levels models pages planes table turning turns bench.kernels",
+    "entries intervals leases levels models pages planes reading table turning turns bench.kernels",
     "policy",
     "attention fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space bench.applied",

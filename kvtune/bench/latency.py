@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvtune.bench.cases import Case, Shape, pair
 from kvtune.bench.kernels import Lab, Timing
 from kvtune.errors import IntegrityError, MissingInputError
 from kvtune.files import cache_home, write_atomic
+from kvtune.reading import readings
 
 FORMAT = 1
 BITS = (2, 3, 4, 8)
@@ -52,6 +53,7 @@ class Table:
     head_dim: int
     versions: dict[str, str]
     cells: tuple[Cell, ...]
+    methods: dict[str, str] = field(default_factory=dict)  # how a GPU reads each: see `reading`
 
     def save(self) -> Path:
         """Writes the table into the cache folder; returns its file."""
@@ -98,7 +100,8 @@ def measure(
     say("latency table", len(wanted), len(wanted))
     shape, others = wanted[0].shape, {k: v for k, v in versions.items() if k != "device"}
     heads = shape.heads, shape.kv_heads, shape.head_dim
-    return Table(versions["device"], *heads, others, tuple(cells))
+    read_by: dict[str, str] = {**readings(shape.head_dim)}
+    return Table(versions["device"], *heads, others, tuple(cells), read_by)
 
 
 def path(device: str, heads: int, kv_heads: int, head_dim: int) -> Path:

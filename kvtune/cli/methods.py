@@ -20,17 +20,20 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="One method, with its 
 def methods(out: Output, name: Name = "") -> None:
     """List the methods that recipes are made of, or show one of them."""
     from kvtune import parts
+    from kvtune.reading import reading
 
     if name:
         return _show_one(out, parts.find(name))
     found = [parts.find(known) for known in parts.names()]
-    rows = [{"name": p.name(), "kind": p.kind, "summary": _summary(p)} for p in found]
+    rows = [
+        {"name": p.name(), "kind": p.kind, "gpu": reading(p), "summary": _summary(p)} for p in found
+    ]
     out.data["methods"] = rows
     table = Table(box=SIMPLE_HEAD)
-    for column in ("method", "kind", "what it does"):
+    for column in ("method", "kind", "on a GPU", "what it does"):
         table.add_column(column)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(str, row.values()))
     out.print(table)
 
 
