@@ -19,7 +19,8 @@ from kvtune.parts import Chain
 from kvtune.space import Side
 from kvtune.tensors import Artifact
 
-FORMAT, UNSEALED = 3, 1  # what is written, and what was before there were seals
+# what is written, and what was before there were seals: no flipped bit leads from one to the other
+FORMAT, UNSEALED = 4, 1
 SEAL = "seal"
 
 

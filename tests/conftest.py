@@ -88,13 +88,11 @@ def _shipped() -> dict[str, Path]:
 
 
 SHIPPED = _shipped()
-# the presets of others are for models of many layers, and one tuned recipe stands for all
-TUNED = "smollm2-135m-instruct"
-HEAVY = ("kvtuner-", f"{TUNED}/", f"{TUNED}-2.5", f"{TUNED}-3", f"{TUNED}-4")
+# presets and tuned recipes are for models of many layers: they have laws of their own
 RUNNABLE = {
     name: path
     for name, path in SHIPPED.items()
-    if not recipes.load(path).is_open() and not name.startswith(HEAVY)
+    if not recipes.load(path).is_open() and not name.startswith(("kvtuner-", "smollm2-"))
 }
 
 
@@ -197,14 +195,10 @@ def _case(name: str, recipe_name: str) -> Iterator[tuple[Any, Callable[[], Any]]
         tensors = fits_of(recipe, model)
         yield from _guarded(model, lambda: load(recipe, model, tensors=cloned(tensors)))
     else:
-        model, path = bearer(recipe_name), RUNNABLE[recipe_name]
-        recipe = recipes.load(path)
-        if recipe.artifact:
-            yield from _guarded(model, lambda: load(path, model, force=True))
-        else:
-            tensors = fits_of(recipe, model)
-            make = partial(load, recipe, model, force=True)
-            yield from _guarded(model, lambda: make(tensors=cloned(tensors)))
+        model, recipe = bearer(recipe_name), recipes.load(RUNNABLE[recipe_name])
+        tensors = fits_of(recipe, model)
+        make = partial(load, recipe, model, force=True)
+        yield from _guarded(model, lambda: make(tensors=cloned(tensors)))
 
 
 def _guarded(model: Any, make: Callable[[], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_fits import fits_of
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -202,17 +203,23 @@ def test_tensors_are_found_beside_the_recipe_and_checked(
     llama: Any, recipe_of: Any, tmp_path: Path
 ) -> None:
     artifact = tmp_path / "kvtune.safetensors"
-    sha256 = Artifact({"layer.0.keys.basis": torch.ones(3)}).save(artifact)
-    ref = ArtifactRef(file=artifact.name, sha256=sha256)
-    recipe = recipe_of(WINDOWED).model_copy(update={"artifact": ref})
+    tensors = fits_of(recipe_of("klt-k2"), llama)
+    ref = ArtifactRef(file=artifact.name, sha256=Artifact(tensors).save(artifact))
+    recipe = recipe_of("klt-k2").model_copy(update={"artifact": ref})
     recipe.save(tmp_path / "recipe.toml")
     for place in (tmp_path, tmp_path / "recipe.toml", str(tmp_path)):
         site = load(place, llama).layers[0]._sites[0](torch.arange(2), torch.float32)
-        assert site.tensors.keys() == {"basis"}
-        assert site.tensors["basis"].tolist() == [1.0] * 3
+        assert site.tensors.keys() == {
+            "klt.basis",
+            "klt.inverse",
+            "klt.mean",
+            "waterfill.planes",
+        }
+        assert torch.equal(site.tensors["klt.basis"], tensors["layer.0.keys.klt.basis"])
     with pytest.raises(IntegrityError, match="by its path"):
         load(recipe, llama)
-    artifact.write_bytes(artifact.read_bytes()[:-1] + b"\x01")
+    data = artifact.read_bytes()
+    artifact.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(IntegrityError, match="changed"):
         load(tmp_path, llama)
     artifact.unlink()

@@ -14,12 +14,16 @@ from kvtune.models import facts
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "The history of the printing press begins in Mainz, where a goldsmith"
-RECIPES = ("k8v4", "k4v2", "kivi-2", "protected-ends", "smollm2-135m-instruct")
+RECIPES = ("k4v2", "kivi-2", "smollm2-135m-instruct", "smollm2-135m-instruct-2.5bit")
+
+
+def place(name: str) -> Path:
+    single = ROOT / "recipes" / f"{name}.toml"
+    return single if single.is_file() else ROOT / "recipes" / name
 
 
 def shipped(name: str) -> recipes.Recipe:
-    single = ROOT / "recipes" / f"{name}.toml"
-    return recipes.load(single if single.is_file() else ROOT / "recipes" / name)
+    return recipes.load(place(name))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_chunks_read_what_single_steps_read(
     model, _ = demo
 
     def played(step: int) -> torch.Tensor:
-        cache = load(shipped(name), model)
+        cache = load(place(name), model)
         model(text[:, :180], past_key_values=cache)
         pieces = text[:, 180:].split(step, 1)
         logits = [model(piece, past_key_values=cache).logits for piece in pieces]
@@ -70,7 +74,7 @@ def test_a_padded_row_speaks_as_it_does_alone(demo: tuple[Any, Any], name: str) 
 
     def spoken(batch: list[str]) -> list[str]:
         inputs = tokenizer(batch, return_tensors="pt", padding=True)
-        cache = load(shipped(name), model)
+        cache = load(place(name), model)
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
         return list(tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :]))
 

@@ -249,7 +249,9 @@ def bundle(place: Path, tmp_path: Path) -> Path:
     """A recipe bound to the tiny model, with a small artifact beside it."""
     model, _ = load_model(str(place / "model"), offline=True)
     known = facts(model.config)
-    digest = Artifact({"layer.0.keys.x": torch.ones(2)}).save(tmp_path / "t.safetensors")
+    shape = known.layers[0].kv_heads, known.layers[0].head_dim
+    means = {f"layer.{i}.keys.centre.mean": torch.ones(shape).half() for i in known.compressible()}
+    digest = Artifact(means).save(tmp_path / "t.safetensors")
     (tmp_path / RECIPE_FILE).write_text(
         f"""kvtune = 1
 [model]
@@ -264,7 +266,7 @@ file = "t.safetensors"
 sha256 = "{digest}"
 [[layers]]
 span = "all"
-kept.keys = [{{ use = "affine", bits = 4, group = "head", axis = "token" }}]
+kept.keys = [{{ use = "centre" }}, {{ use = "affine", bits = 4, group = "head", axis = "token" }}]
 kept.values = []
 """
     )

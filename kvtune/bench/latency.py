@@ -16,7 +16,6 @@ from kvtune.bench.cases import Case, Shape, pair
 from kvtune.bench.kernels import Lab, Timing
 from kvtune.errors import IntegrityError, MissingInputError
 from kvtune.files import cache_home, write_atomic
-from kvtune.reading import readings
 
 FORMAT = 1
 BITS = (2, 3, 4, 8)
@@ -100,8 +99,7 @@ def measure(
     say("latency table", len(wanted), len(wanted))
     shape, others = wanted[0].shape, {k: v for k, v in versions.items() if k != "device"}
     heads = shape.heads, shape.kv_heads, shape.head_dim
-    read_by: dict[str, str] = {**readings(shape.head_dim)}
-    return Table(versions["device"], *heads, others, tuple(cells), read_by)
+    return Table(versions["device"], *heads, others, tuple(cells))
 
 
 def path(device: str, heads: int, kv_heads: int, head_dim: int) -> Path:

@@ -177,8 +177,10 @@ def _time_grid(out: Output, lab: Lab, cases: list[Case]) -> None:
 
 def _save_table(out: Output, lab: Lab, cases: list[Case], ran_on: dict[str, str]) -> None:
     from kvtune.bench.latency import measure
+    from kvtune.reading import readings
 
-    saved = measure(lab, cases, ran_on, out.say).save()
+    measured = measure(lab, cases, ran_on, out.say)
+    saved = replace(measured, methods={**readings(measured.head_dim)}).save()
     out.data["table"] = str(saved)
     out.print(f"The latency table is saved: {saved}")
 
