@@ -97,7 +97,10 @@ def test_one_objective_within_a_limit_is_a_search_too(
     assert found["data"]["search"]["objectives"] == [alone]
 
 
-def test_limits_that_nothing_keeps_to_are_refused_in_words(kv: Any, words: list[str]) -> None:
+def test_limits_that_nothing_keeps_to_are_refused_in_words(
+    kv: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a run folder without a name goes
     said = kv(*words, "--max-bytes", "1kB")
     assert said.code == 2
     assert "max_bytes" in said.told
