@@ -102,7 +102,11 @@ class Codec(Part):
         return None
 
     def fold(self, site: Site, heads: int, head_dim: int) -> Fold:
-        """The map of a linear codec, on the device of its tensors (the CPU without any)."""
+        """The map of a linear codec, on the device of its tensors (the CPU without any).
+
+        Raises:
+            NotImplementedError: the codec is not `linear`; a chain asks none of those.
+        """
         raise NotImplementedError(f"{self.name()} is not linear")
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cli_tiny as TINY
 import pytest
 import torch
 from torch import Tensor
@@ -25,16 +24,6 @@ from kvtune.policy import Policy
 AT = 32768  # tokens at which bytes are counted
 
 
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 

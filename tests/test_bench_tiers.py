@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cli_tiny as TINY
 import pytest
 
 from kvtune import recipe as recipes
@@ -14,17 +13,6 @@ from kvtune.bench.tiers import EQUAL_BYTES, shared, unselected
 from kvtune.errors import UsageError
 from kvtune.models import facts
 
-
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 RECIPE = """kvtune = 1
 [[layers]]

@@ -1,14 +1,13 @@
 """Laws of the front door: lean help, exit codes, --json, and the verbs that need no model."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
+import cli_tiny as TINY
 import jsonschema
 import pytest
 import torch
@@ -25,16 +24,6 @@ HEAVY = ("torch", "transformers", "optuna", "datasets", "scipy", "numpy", "kvtun
 VERBS = ("tune", "calibrate", "search", "fit", "apply", "recipe", "methods", "bench", "doctor")
 
 
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 

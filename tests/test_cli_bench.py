@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cli_tiny as TINY
 import pytest
 import torch
 
@@ -21,16 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 

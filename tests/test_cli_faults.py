@@ -1,13 +1,12 @@
 """What goes wrong on the way to a recipe: in words, with its exit code, and no file touched."""
 
 import errno
-import importlib.util
 import json
 import os
 import warnings
 from pathlib import Path
-from types import ModuleType
 
+import cli_tiny as TINY
 import pytest
 from rich.console import Console
 
@@ -16,17 +15,6 @@ from kvtune.cli.options import Manners
 from kvtune.cli.output import Output, perform
 from kvtune.cli.progress import Stages
 
-
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 

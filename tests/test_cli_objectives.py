@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cli_tiny as TINY
 import pytest
 from kvtune_kernels import Format
 
 from kvtune.bench import latency
 
-
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 COST = {2: 2.0, 3: 6.0, 4: 4.0, 8: 8.0}  # three bits are as slow as they are on a GPU
 

@@ -1,14 +1,13 @@
 """The costly verbs on a tiny random model: tune, calibrate, search and apply, from end to end."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
+import cli_tiny as TINY
 import pytest
 
 from kvtune.cli.options import Aim, Text
@@ -18,16 +17,6 @@ from kvtune.tune import Settings
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 

@@ -1,11 +1,9 @@
 """Gates in CI: verdicts, JUnit XML and Markdown summaries, on a tiny model."""
 
-import importlib.util
 from html.parser import HTMLParser
-from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree as ET
 
+import cli_tiny as TINY
 import pytest
 from markdown_it import MarkdownIt
 
@@ -15,17 +13,6 @@ from kvtune.cli.markdown import markdown
 from kvtune.cli.reports import STEP
 from kvtune.cli.verdicts import HEADS, Report, Verdict
 
-
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 HOSTILE = (
     "a|b",

@@ -1,12 +1,11 @@
 """The workflow in README is what GitHub Actions takes, and its kvtune command is one that runs."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cli_tiny as TINY
 import pytest
 import yaml
 
@@ -16,16 +15,6 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 MODEL, RECIPE, BASELINE = "Qwen/Qwen3-0.6B", "qwen/chosen", "qwen/baseline.json"
 
 
-def load_tiny() -> ModuleType:
-    file = Path(__file__).with_name("cli_tiny.py")
-    spec = importlib.util.spec_from_file_location("cli_tiny", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
 kv = TINY.kv
 
 
