@@ -17,9 +17,10 @@ from pydantic import (
 )
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.marks import Tokens
-from kvtune.parts import SEARCH, Chain, Codec, Selector
+from kvtune.parts import SEARCH, Codec, Selector
 from kvtune.spans import check
 
 # what "search" opens; fewer exact tokens than these are hardly cheaper

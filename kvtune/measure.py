@@ -18,13 +18,13 @@ from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
+from kvtune.chains import Chain
 from kvtune.errors import ResourceError
 from kvtune.fitted import sites
 from kvtune.fused import FusedRows, serves
 from kvtune.heads import HeadedLayer, make_layer, picked
 from kvtune.layer import CompressedLayer
 from kvtune.pages import MakeSite, narrowed
-from kvtune.parts import Chain
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
@@ -208,10 +208,11 @@ class Bench:
         own, every = self._sites(layer, policy), tuple(range(self.bank.keys[layer].shape[1]))
         makers = own if heads == every else (narrowed(own[0], heads), narrowed(own[1], heads))
         sides: list[Side] = []
+        ends = policy.sinks, policy.due(keys.shape[2])
         for name, x, maker in zip(("keys", "values"), (keys, values), makers, strict=True):
             chain: Chain = getattr(policy, name)
-            made = functools.partial(Side.of, x, chain, maker, policy.window)
-            side = self._kept((layer, heads, name, chain, policy.window), made)
+            made = functools.partial(Side.of, x, chain, maker, *ends)
+            side = self._kept((layer, heads, name, chain, ends), made)
             assert isinstance(side, Side)
             sides.append(side)
         rows = Rows(policy, makers)

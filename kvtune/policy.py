@@ -11,12 +11,13 @@ from pydantic import PlainSerializer as Serializer
 from pydantic import model_validator
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.entries import DROP, HeadEntry
 from kvtune.entries import LayerPolicy as LayerPolicy
 from kvtune.entries import Record as Record
 from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
-from kvtune.parts import Chain, Selector
+from kvtune.parts import Selector
 from kvtune.spans import resolve, write
 from kvtune.splits import Split, smallest
 
@@ -47,6 +48,7 @@ class Policy(Record):
     heads: tuple[HeadGroup, ...] = ()
     select: Annotated[Selector, Serializer(str)] | None = None
     rest: tuple[Written, Written] | None = None  # keys and values
+    least: int = 0  # tokens that a basis is learned of; before that many are due, none is paged
 
     @classmethod
     def by_head(cls, sinks: int, recent: int, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
@@ -66,13 +68,15 @@ class Policy(Record):
             raise ValueError("the heads of a policy are all kv heads, each once")
         if (self.select is None and self.rest) or (self.select and self.heads):
             raise ValueError("a rest has a selector, and a selector treats all heads alike")
+        if self.heads and not all(chain.apart for chain in self.chains):
+            raise ValueError("a codec that stores heads together treats all heads alike")
         return self
 
     def parts(self) -> tuple[tuple[tuple[int, ...], Policy], ...]:
         """Each group of kv heads with the policy that it alone follows."""
+        ends: dict[str, Any] = {name: getattr(self, name) for name in ("sinks", "recent", "least")}
         return tuple(
-            (heads, Policy(sinks=self.sinks, recent=self.recent, keys=keys, values=values))
-            for heads, keys, values in self.heads
+            (heads, Policy(**ends, keys=keys, values=values)) for heads, keys, values in self.heads
         )
 
     @property
@@ -130,15 +134,30 @@ class Policy(Record):
 
     def due(self, seen: int) -> int:
         """How many tokens after the sinks have left the window once `seen` tokens are known."""
-        return self.window.due(seen)
+        due = self.window.due(seen)
+        return due if due >= self.least else 0
 
-    def check(self, head_dim: int, layer: int) -> None:
+    @property
+    def first(self) -> int:
+        """How many tokens are paged first where they come one by one."""
+        return max(1, -(-self.least // self.block)) * self.block
+
+    def of_shape(self, kv_heads: int, head_dim: int) -> Policy:
+        """The same policy of a layer of a shape, which what `learn`s wants so many tokens of.
+
+        Raises:
+            ValueError: a codec cannot take heads of this shape.
+        """
+        least = max(chain.least(kv_heads, head_dim) for chain in self.chains)
+        return self if least == self.least else self.model_copy(update={"least": least})
+
+    def check(self, kv_heads: int, head_dim: int, layer: int) -> None:
         """Raises UsageError when a chain does not fit heads of this size."""
         found = [("", pair) for pair in dict.fromkeys(self.pairs)]
         for tier, pair in (*found, *((("rest ", self.rest),) if self.rest else ())):
             for side, chain in zip(("keys", "values"), pair, strict=True):
                 try:
-                    chain.check(head_dim, side)
+                    chain.check(kv_heads, head_dim, side)
                 except ValueError as error:
                     raise UsageError(f"layer {layer}, {tier}{side}: {error}.") from None
 
@@ -167,6 +186,11 @@ def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
         keys, values = entry.kept.chains()
         return Policy(sinks=sinks, recent=recent, keys=keys, values=values)
     pairs = [*(own.kept.chains() for own in named), entry.kept.chains()]
+    if joint := [chain for pair in pairs for chain in pair if not chain.apart]:
+        raise UsageError(
+            f"{where}: {joint[0]} stores heads together, so heads cannot differ there.",
+            "Leave heads out of this layer.",
+        )
     try:
         owner = resolve([*(own.span for own in named), "rest"], kv_heads, "kv head")
     except UsageError as error:

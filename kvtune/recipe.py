@@ -120,8 +120,10 @@ class Recipe(Record):
         owner = resolve([policy.span for policy in self.layers], len(known.layers))
         made = [Policy()] * len(known.layers)
         for i in known.compressible():
-            made[i] = to_policy(self.layers[owner[i]], known.layers[i].kv_heads, f"layer {i}")
-            made[i].check(known.layers[i].head_dim, i)
+            shape = known.layers[i].kv_heads, known.layers[i].head_dim
+            made[i] = to_policy(self.layers[owner[i]], shape[0], f"layer {i}")
+            made[i].check(*shape, i)
+            made[i] = made[i].of_shape(*shape)
         return tuple(made)
 
     def dumps(self) -> str:

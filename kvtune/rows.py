@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kvtune_kernels import Window, attend
+from kvtune_kernels import attend
 from torch import Tensor
 
 from kvtune.attention import causal
+from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError
 from kvtune.pages import MakeSite, Pages
-from kvtune.parts import Chain
 from kvtune.policy import Policy
 
 
@@ -25,9 +25,8 @@ class Side(NamedTuple):
     recent: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, chain: Chain, make_site: MakeSite, window: Window) -> Side:
-        """Stores x [B, H, T, D], of which nothing is kept alive."""
-        sinks, due = window.sinks, window.due(x.shape[2])
+    def of(cls, x: Tensor, chain: Chain, make_site: MakeSite, sinks: int, due: int) -> Side:
+        """Stores x [B, H, T, D], of which nothing is kept alive; `due` tokens are paged."""
         pages = Pages(chain, make_site, sinks)
         pages.append(x[:, :, sinks : sinks + due])
         # clones own just their bytes; a prompt's keys may be views of more
@@ -81,19 +80,19 @@ class Rows:
         else:
             # what the last query reads from pages; after a crop they may hold more than that
             # already
-            self._encode(start, max(start, self.policy.due(self.seen - 1)))
+            self._encode_on(start, max(start, self.policy.due(self.seen - 1)))
             all_keys, all_values = self.read(query.dtype)
             out = attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
-        self._settle(start)
+        self._settle(start, keys.shape[2])
         return out
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a context [B, H, T, D] that was computed densely,
         as a prompt's forward would leave it."""
-        window = self.policy.window
+        ends = self.policy.sinks, self.policy.due(keys.shape[2])
         self.hold(
-            Side.of(keys, self.policy.keys, self._sites[0], window),
-            Side.of(values, self.policy.values, self._sites[1], window),
+            Side.of(keys, self.policy.keys, self._sites[0], *ends),
+            Side.of(values, self.policy.values, self._sites[1], *ends),
             keys.shape[2],
         )
 
@@ -174,10 +173,20 @@ class Rows:
         for pages, x in zip((self.keys, self.values), self._recent, strict=True):
             pages.append(x[:, :, pages.tokens - start : due - start])
 
-    def _settle(self, start: int) -> None:
+    def _encode_on(self, start: int, due: int) -> None:
+        """The same behind the prompt: what is learned of the first tokens is learned of as many as
+        token by token, however many come at once."""
+        if self.keys.tokens == 0 and due > (first := self.policy.first) > 0:
+            self._encode(start, first)
+        self._encode(start, due)
+
+    def _settle(self, start: int, incoming: int) -> None:
         """Moves what has left the recent window into pages, and frees it."""
         due = max(start, self.policy.due(self.seen))
-        self._encode(start, due)
+        if self.seen == incoming:
+            self._encode(start, due)
+        else:
+            self._encode_on(start, due)
         if (
             due > start or start == 0
         ):  # clones own just their bytes; a prompt's keys may be views of more

@@ -18,11 +18,12 @@ LONGEST = 350
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
     "errors haystack owners halving splits view",
-    "discovery files goal knapsack marks orthogonal placement rope seen spans",
+    "discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
-    "demo parts runs sampling shipped storage task tensors texts bench.store",
-    "entries intervals leases levels models pages planes reading table turning turns bench.kernels",
+    "demo metrics parts runs sampling shipped storage task tensors texts bench.store",
+    "chains intervals leases levels models planes reading table turning turns bench.kernels",
+    "entries pages",
     "policy",
     "attention fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space bench.applied",

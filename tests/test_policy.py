@@ -12,10 +12,11 @@ import pytest
 from kvtune import parts, space
 from kvtune import recipe as recipes
 from kvtune.cache import weigh
+from kvtune.chains import Chain
 from kvtune.cli import spelled
 from kvtune.errors import IntegrityError, UsageError
 from kvtune.models import Facts, LayerFacts
-from kvtune.parts import Chain, Codec
+from kvtune.parts import Codec
 from kvtune.policy import Policy, to_entry, to_policy
 from kvtune.recipe import LayerPolicy, Recipe
 
