@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from kvtune_kernels import say_once
 from torch import Tensor
 

@@ -226,7 +226,7 @@ class Borrower(Part):
     """Stores nothing of a layer: its queries read the cache of another one."""
 
     kind = "borrower"
-    layer: Annotated[int, Field(ge=0, le=9999)]  # the owner
+    layer: Annotated[int, Field(ge=0, le=9999)] = 0  # the owner
 
 
 class Retriever(Part):

@@ -53,9 +53,7 @@ class Minicache(Sharer):
         count = round(self.retained * layers[0].shape[2]) if len(layers) > 1 else 0
         places = (-cosine if self.retain == "dissimilar" else cosine)[..., 0].topk(count).indices
         places = places.sort(-1).values
-        exact = [
-            x.gather(2, places[..., None].expand(-1, -1, -1, x.shape[-1])) for x in layers[:2]
-        ]
+        exact = [x.gather(2, places[..., None].expand(-1, -1, -1, x.shape[-1])) for x in layers[:2]]
         positions = sites[0].positions.to(places.device)[places].int()
         sides = (*(length.to(dtype) for length in lengths), positions, *exact)
         return Code(merged.to(dtype), sides)
