@@ -19,18 +19,16 @@ from kvtune.prove import by_generation
 from kvtune.recipe import Recipe
 from kvtune.sharing import groups, pieces
 
-NAMES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "glm4", "yi")
-CONTEXT, MORE = 150, 140
+CONTEXT, MORE = 80, 64
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
 FOUR = '[{ use = "affine", bits = 4, group = "head" }]'
-XKV = 'share = { use = "xkv", layers = 2, key_rank = 0.25, value_rank = 0.5 }\n'
+CODES = f"kept.keys = {FOUR}\nkept.values = {FOUR}\n"
 BODIES = {
-    "whole": 'sinks = 2\nrecent = 9\nshare = { use = "xkv", key_rank = 1.0, value_rank = 1.0 }\n',
-    "ranks": f"recent = 9\n{XKV}",
-    "ranks-4-bit": f"sinks = 2\nrecent = 9\nkept.keys = {FOUR}\nkept.values = {FOUR}\n{XKV}",
-    "merged": 'recent = 9\nshare = { use = "minicache" }\n',
-    "merged-4-bit": "sinks = 2\nrecent = 9\n"
-    f'kept.keys = {FOUR}\nkept.values = {FOUR}\nshare = {{ use = "minicache", retained = 0.1 }}\n',
+    "whole": "sinks = 2\nrecent = 9\n"
+    'share = { use = "xkv", layers = 2, key_rank = 1.0, value_rank = 1.0 }\n',
+    "ranks": f"sinks = 2\nrecent = 9\n{CODES}"
+    'share = { use = "xkv", layers = 2, key_rank = 0.25, value_rank = 0.375, centre = true }\n',
+    "merged": f'recent = 9\n{CODES}share = {{ use = "minicache", retained = 0.1 }}\n',
 }
 
 
@@ -40,6 +38,12 @@ def made(body: str) -> Recipe:
 
 def cut(recipe: Recipe, model: Any, seen: int = CONTEXT, count: int = MORE) -> list[int]:
     return pieces(recipe.policies(facts(model.config)), seen, count)
+
+
+@pytest.fixture(scope="module")
+def small(model_of: Any) -> Any:
+    """A Llama of two layers that store together and one that is left over."""
+    return model_of("llama", num_hidden_layers=3, head_dim=16)
 
 
 every_body = pytest.mark.parametrize("body", BODIES)
@@ -54,8 +58,7 @@ def test_full_rank_is_the_plain_cache(
     sliding layers."""
     body = BODIES["whole"].replace(" }", f", centre = {centre} }}")
     recipe = recipes.loads(f'kvtune = 1\n[[layers]]\nspan = "all"\n{body}')
-    count = 1150  # more tokens than the widest group has channels
-    tokens, sizes = draw(2, count), [count - 120, 60, 1, 1, 58]
+    tokens, sizes = draw(2, 400), [340, 30, 1, 1, 28]  # the widest group has 256 channels
     cache = load(recipe, model)
     found = play(model, cache, tokens, sizes)
     plain = play(model, DynamicCache(config=model.config), tokens, sizes)
@@ -64,12 +67,12 @@ def test_full_rank_is_the_plain_cache(
     assert len(held) == len(facts(model.config).compressible())
     for layer in held:
         rows = layer.groups[0].rows
-        assert rows.keys.tokens >= 1024, "else nothing was stored"
+        assert rows.keys.tokens == 384, "else nothing was stored"
         assert rows.keys._store.tokens == rows.keys.tokens, "nothing waits between forwards"
 
 
 @lossy
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "phi3", "yi"])
 def test_pieces_equal_steps_and_the_next_position_is_the_true_one(
     model: Any, body: str, play: Any, draw: Any
 ) -> None:
@@ -79,44 +82,46 @@ def test_pieces_equal_steps_and_the_next_position_is_the_true_one(
     found = play(model, caches[1], tokens, [CONTEXT, *cut(recipe, model)])
     torch.testing.assert_close(found, steps, **TIGHT)
     assert caches[0].get_seq_length() == CONTEXT + MORE
-    plain = play(model, DynamicCache(config=model.config), tokens, [CONTEXT, *[1] * MORE])
-    assert (found - plain)[:, CONTEXT + 1 :].abs().max() > 1e-3 or "gemma" in model.config.model_type
+    plain = play(model, DynamicCache(config=model.config), tokens, [CONTEXT, MORE])
+    assert (found - plain)[:, CONTEXT:].abs().max() > 1e-3, "else nothing was stored"
 
 
 @every_body
 def test_a_chunk_reads_exactly_what_leaves_the_window_within_it(
-    llama: Any, body: str, play: Any, draw: Any
+    small: Any, body: str, play: Any, draw: Any
 ) -> None:
     """Its first layers could read nothing else: the group's last layer has not seen it."""
     short = 40  # of which nothing has left the window
     recipe, tokens = made(body), draw(1, short + 300)
-    found = play(llama, load(recipe, llama), tokens, [short, 300])
-    plain = play(llama, DynamicCache(config=llama.config), tokens, [short, 300])
+    found = play(small, load(recipe, small), tokens, [short, 300])
+    plain = play(small, DynamicCache(config=small.config), tokens, [short, 300])
     torch.testing.assert_close(found, plain, **TIGHT)
 
 
 @lossy
 def test_a_second_prompt_is_stored_beside_the_first_on_the_same_basis(
-    llama: Any, body: str, play: Any, draw: Any
+    small: Any, body: str, play: Any, draw: Any
 ) -> None:
-    recipe, tokens = made(body), draw(2, 700)
-    cache = load(recipe, llama)
-    play(llama, cache, tokens[:, :333], [300, *[1] * 33])
-    stores = [side._store for side in (cache.layers[0].groups[0].rows.keys,)]
-    stores += [cache.layers[3].groups[0].rows.values._store]
+    recipe, tokens = made(body), draw(2, 330)
+    cache = load(recipe, small)
+    play(small, cache, tokens[:, :153], [120, *[1] * 33])
+    stores = [
+        cache.layers[0].groups[0].rows.keys._store,
+        cache.layers[2].groups[0].rows.values._store,
+    ]
     before = [(s.tokens, s._body._body.tensor.clone(), dict(s._learned)) for s in stores]
-    play(llama, cache, tokens[:, 333:], [300, 67])
+    play(small, cache, tokens[:, 153:], [100, 77])
     for store, (count, body_then, learned) in zip(stores, before, strict=True):
-        assert store.tokens > count >= 256
+        assert store.tokens >= 256 > count == 128
         page = body_then.shape[2]
         assert torch.equal(store._body._body.tensor[:, :, :page], body_then)
         assert all(store._learned[key] is x for key, x in learned.items())
 
 
 @every_body
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["phi3", "gemma2"])
 def test_a_padded_row_is_the_row_alone(model: Any, body: str, play: Any, draw: Any) -> None:
-    recipe, pads = made(body), (0, 9, 70, 9)
+    recipe, pads = made(body), (0, 9, 60, 9)
     tokens, mask = draw(4, CONTEXT + MORE), torch.ones(4, CONTEXT + MORE, dtype=torch.long)
     for row, pad in enumerate(pads):
         tokens[row, :pad], mask[row, :pad] = 0, 0
@@ -129,7 +134,7 @@ def test_a_padded_row_is_the_row_alone(model: Any, body: str, play: Any, draw: A
 
 
 @every_body
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_bank_measurement_equals_generation(model: Any, body: str, draw: Any) -> None:
     policies = made(body).policies(facts(model.config))
     bank = build(model, draw(2, CONTEXT + MORE + 1), CONTEXT)
@@ -150,31 +155,31 @@ def test_bank_measurement_equals_generation(model: Any, body: str, draw: Any) ->
     "given", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str
 )
 def test_full_rank_generates_what_a_plain_cache_does(
-    llama: Any, given: dict[str, Any], draw: Any
+    small: Any, given: dict[str, Any], draw: Any
 ) -> None:
-    tokens = draw(2, 560)
-    options = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0, **given}
+    tokens = draw(2, 100)
+    options = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, **given}
     mask = {"attention_mask": torch.ones_like(tokens)}
-    found = llama.generate(tokens, **mask, **options, past_key_values=load(made("whole"), llama))
-    plain = llama.generate(
-        tokens, **mask, **options, past_key_values=DynamicCache(config=llama.config)
+    found = small.generate(tokens, **mask, **options, past_key_values=load(made("whole"), small))
+    plain = small.generate(
+        tokens, **mask, **options, past_key_values=DynamicCache(config=small.config)
     )
     assert torch.equal(found, plain)
 
 
 @every_body
-def test_beams_follow_their_rows(llama: Any, body: str, play: Any, draw: Any) -> None:
+def test_beams_follow_their_rows(small: Any, body: str, play: Any, draw: Any) -> None:
     recipe, beams = made(body), torch.tensor([1, 1, 0, 2])
     pads = [0, 0, 5]
     tokens, mask = draw(3, CONTEXT + MORE), torch.ones(3, CONTEXT + MORE, dtype=torch.long)
     tokens[2, :5], mask[2, :5] = 0, 0
-    cache = load(recipe, llama)
-    play(llama, cache, tokens[:, :CONTEXT], [CONTEXT], mask)
+    cache = load(recipe, small)
+    play(small, cache, tokens[:, :CONTEXT], [CONTEXT], mask)
     for _ in range(2):  # twice, as beams move in every step
         cache.reorder_cache(torch.tensor([2, 1, 0]))
     cache.reorder_cache(beams)
-    found = play(llama, cache, tokens[beams][:, CONTEXT:], [1] * MORE, mask[beams])
-    straight = play(llama, load(recipe, llama), tokens, [CONTEXT, *[1] * MORE], mask)[:, CONTEXT:]
+    found = play(small, cache, tokens[beams][:, CONTEXT:], [1] * MORE, mask[beams])
+    straight = play(small, load(recipe, small), tokens, [CONTEXT, *[1] * MORE], mask)[:, CONTEXT:]
     torch.testing.assert_close(found, straight[beams], **TIGHT)
     assert [layer.groups[0].rows.keys._store for layer in cache.layers[:2]] in (
         [cache.layers[0].groups[0].rows.keys._store] * 2,
@@ -186,45 +191,45 @@ def test_beams_follow_their_rows(llama: Any, body: str, play: Any, draw: Any) ->
 
 @every_body
 def test_a_crop_within_the_window_forgets_and_more_is_refused(
-    llama: Any, body: str, play: Any, draw: Any
+    small: Any, body: str, play: Any, draw: Any
 ) -> None:
-    recipe, tokens = made(body), draw(2, 700)
-    cropped, straight = load(recipe, llama), load(recipe, llama)
-    prompt = 600
-    play(llama, cropped, tokens[:, :prompt], [prompt])
-    play(llama, straight, tokens[:, :prompt], [prompt])
-    play(llama, cropped, draw(2, 3, seed=5), [1] * 3)
+    recipe, tokens = made(body), draw(2, 150)
+    cropped, straight = load(recipe, small), load(recipe, small)
+    prompt = 110
+    play(small, cropped, tokens[:, :prompt], [prompt])
+    play(small, straight, tokens[:, :prompt], [prompt])
+    play(small, cropped, draw(2, 3, seed=5), [1] * 3)
     cropped.crop(-3)
-    more = [1] * 100
-    found = play(llama, cropped, tokens[:, prompt:], more)
-    torch.testing.assert_close(found, play(llama, straight, tokens[:, prompt:], more), **TIGHT)
-    with pytest.raises(UnsupportedError, match="Cannot crop 100 tokens"):
-        cropped.crop(-100)
-    assert cropped.get_seq_length() == 700
+    more = [1] * 40
+    found = play(small, cropped, tokens[:, prompt:], more)
+    torch.testing.assert_close(found, play(small, straight, tokens[:, prompt:], more), **TIGHT)
+    with pytest.raises(UnsupportedError, match="Cannot crop 60 tokens"):
+        cropped.crop(-60)
+    assert cropped.get_seq_length() == 150
 
 
 @every_body
-def test_what_is_reset_starts_anew(llama: Any, body: str, play: Any, draw: Any) -> None:
-    recipe, tokens = made(body), draw(2, 300)
-    cache = load(recipe, llama)
-    expected = play(llama, cache, tokens, [200, *[1] * 100])
+def test_what_is_reset_starts_anew(small: Any, body: str, play: Any, draw: Any) -> None:
+    recipe, tokens = made(body), draw(2, 150)
+    cache = load(recipe, small)
+    expected = play(small, cache, tokens, [100, *[1] * 50])
     for clear in (cache.reset, lambda: [layer.reset() for layer in cache.layers]):
         clear()
-        torch.testing.assert_close(play(llama, cache, tokens, [200, *[1] * 100]), expected, **TIGHT)
-    again = play(llama, cache.fresh(), tokens, [200, *[1] * 100])
+        torch.testing.assert_close(play(small, cache, tokens, [100, *[1] * 50]), expected, **TIGHT)
+    again = play(small, cache.fresh(), tokens, [100, *[1] * 50])
     torch.testing.assert_close(again, expected, **TIGHT)
 
 
-def test_assisted_decoding_equals_plain_decoding(llama: Any, model_of: Any, draw: Any) -> None:
+def test_assisted_decoding_equals_plain_decoding(small: Any, model_of: Any, draw: Any) -> None:
     """It asks several tokens at once and crops those that the model would not have said."""
-    tokens, helper = draw(1, 150), model_of("llama", seed=1, num_hidden_layers=1)
+    tokens, helper = draw(1, 120), model_of("llama", seed=1, num_hidden_layers=1)
     recipe = recipes.loads(
-        f'kvtune = 1\n[[layers]]\nspan = "all"\n{BODIES["ranks"].replace("recent = 9", "recent = 99")}'
+        f'kvtune = 1\n[[layers]]\nspan = "all"\n{BODIES["ranks"]}'.replace("= 9", "= 39")
     )
     options = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    plain = llama.generate(tokens, **options, past_key_values=load(recipe, llama))
-    found = llama.generate(
-        tokens, **options, past_key_values=load(recipe, llama), assistant_model=helper
+    plain = small.generate(tokens, **options, past_key_values=load(recipe, small))
+    found = small.generate(
+        tokens, **options, past_key_values=load(recipe, small), assistant_model=helper
     )
     assert torch.equal(found, plain)
 

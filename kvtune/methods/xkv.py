@@ -9,6 +9,7 @@ from kvtune.marks import Share
 from kvtune.parts import Code, Sharer, Site
 from kvtune.spectral import gram, top
 
+PACKED = 8  # channels of any bits that fill whole bytes, so that every rank can be quantised
 RANKS = (0.0625, 0.09375, 0.140625, 0.1875, 0.28125, 0.375, 0.5)
 
 
@@ -18,8 +19,8 @@ class Xkv(Sharer):
 
     V [W*H*D, r] are the strongest directions of the first tokens of each sequence, which a sum of
     outer products finds: nothing is ever as large as T x T. Later tokens are stored on the same V.
-    Ranks are parts of the width W*H*D; values want half as much again as keys. With `centre` the
-    mean of the first tokens is kept beside V and taken off first.
+    Ranks are parts of the width W*H*D, in whole eights; values want half as much again as keys.
+    With `centre` the mean of the first tokens is kept beside V and taken off first.
     """
 
     key_rank: Annotated[float, Share(RANKS)] = 0.09375
@@ -29,7 +30,8 @@ class Xkv(Sharer):
 
     def shape(self, side: str, layers: int, heads: int, head_dim: int) -> tuple[int, int]:
         """One head of `rank` channels."""
-        return 1, max(1, round(self._rank(side) * layers * heads * head_dim))
+        width = layers * heads * head_dim
+        return 1, min(width, max(1, round(self._rank(side) * width / PACKED)) * PACKED)
 
     def part(self, side: str) -> float:
         """The rank, as a part of the width."""
