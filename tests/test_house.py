@@ -21,6 +21,7 @@ FLOORS = (
     "discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
+    "lowrank",
     "demo metrics parts runs sampling shipped storage task tensors texts bench.store",
     "chains intervals leases levels models planes reading table turning turns bench.kernels",
     "entries pages",
