@@ -31,7 +31,7 @@ FLOORS = (
     "growth kvtuner layer profile speed",
     "fit heads",
     "cache",
-    "answers bank lm_eval scores surrogate bench.decode",
+    "answers bank lm_eval saving scores surrogate bench.decode",
     "budgets clusters measure moments study",
     "distortion layout prices prove",
     "baseline biased calibrate front search",

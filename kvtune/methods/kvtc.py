@@ -175,7 +175,8 @@ def _packed(lanes: Tensor) -> Tensor:
     """Bits [..., n] as bytes [..., n / 8], the last one filled up with zeros."""
     lanes = torch.nn.functional.pad(lanes, (0, -lanes.shape[-1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=lanes.device)
-    return (lanes.unflatten(-1, (-1, 8)) << places).sum(-1).to(torch.uint8)
+    packed: Tensor = (lanes.unflatten(-1, (-1, 8)) << places).sum(-1).to(torch.uint8)
+    return packed
 
 
 def _unpacked(held: Tensor) -> Tensor:
