@@ -90,21 +90,21 @@ class Chain:
         found = (codec.least(*shape) for codec, shape in self.shapes(heads, head_dim))
         return max(found, default=0)
 
-    def learn(self, x: Tensor, site: Site) -> dict[str, Tensor]:
-        """What the codecs find in the first tokens x [B, H, T, D], named "METHOD.NAME"."""
-        found: dict[str, Tensor] = {}
-        last = max((i for i, codec in enumerate(self.codecs) if codec.learns), default=-1)
-        for index, codec in enumerate(self.codecs[: last + 1]):
-            found |= {f"{codec.name()}.{name}": y for name, y in codec.learn(x, site).items()}
-            if index < last:
-                site = replace(site, tensors={**site.tensors, **found})
-                x = codec.encode(x, site).body
-        return found
-
     def encode(self, x: Tensor, site: Site) -> Encoded:
         """Encodes x [B, H, T, D]; T is a multiple of `block`."""
+        return self._encode(x, site, None)
+
+    def begin(self, x: Tensor, site: Site) -> tuple[Encoded, dict[str, Tensor]]:
+        """The same of the first tokens, and what codecs learn of them, named "METHOD.NAME"."""
+        learned: dict[str, Tensor] = {}
+        return self._encode(x, site, learned), learned
+
+    def _encode(self, x: Tensor, site: Site, learned: dict[str, Tensor] | None) -> Encoded:
         sides, dtype = [], x.dtype
         for codec in self.codecs:
+            if learned is not None and codec.learns:
+                learned |= {f"{codec.name()}.{name}": y for name, y in codec.learn(x, site).items()}
+                site = replace(site, tensors={**site.tensors, **learned})
             x, side = codec.encode(x, site)
             sides.append(side)
         return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))

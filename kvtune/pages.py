@@ -90,10 +90,10 @@ class Pages:
             return
         first = self._start + self.tokens
         site = self._site(first, x.shape[2], x.device, x.dtype)
-        if self._body is None and (learned := self.chain.learn(x, site)):
-            self._learned = learned
-            site = self._site(first, x.shape[2], x.device, x.dtype)
-        code = self.chain.encode(x, site)
+        if self._body is None:
+            code, self._learned = self.chain.begin(x, site)
+        else:
+            code = self.chain.encode(x, site)
         self.tokens += x.shape[2]
         if self._body is None:
             self._body = Grown(code.body if self.chain.codecs else code.body.clone())

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from kvtune_kernels import Format
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvtune import discovery
@@ -186,17 +186,47 @@ class Merger(Part):
 
 
 class Sharer(Part):
-    """Stores several layers together."""
+    """Stores the same side of neighbouring layers together, in one body [B, H, T, C].
+
+    `block` tokens are folded together, when the last layer of a group has seen them.
+    """
 
     kind = "sharer"
+    layers: Annotated[int, OneOf((1, 2, 4, 8))] = 4
+    block: Annotated[int, OneOf((64, 128, 256))] = 64
 
     @abstractmethod
-    def fold(self, layers: tuple[Tensor, ...], site: Site) -> Code:
-        """Encodes the same side [B, H, T, D] of several layers at once."""
+    def shape(self, side: str, layers: int, heads: int, head_dim: int) -> tuple[int, int]:
+        """Heads and channels of the body of so many layers; ValueError when it cannot be."""
+
+    @abstractmethod
+    def part(self, side: str) -> float:
+        """Values of the body per value of the layers of a whole group."""
+
+    def least(self, layers: int, heads: int, head_dim: int) -> int:
+        """How many tokens there must be before any is stored: see `learn`."""
+        return 0
+
+    def learn(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> dict[str, Tensor]:
+        """Finds tensors [B, ...] of the first tokens [B, H, T, D] of each layer, which are kept
+        beside the body and stand in every layer's site as "METHOD.NAME"; none by default."""
+        return {}
+
+    @abstractmethod
+    def fold(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> Code:
+        """Encodes the same side [B, H, T, D] of several layers at once. What stands beside the
+        body grows along axis 2 too, at a pace of its own."""
 
     @abstractmethod
     def unfold(self, code: Code, index: int, site: Site) -> Tensor:
-        """Returns the index-th layer [B, H, T, D]."""
+        """Returns the index-th layer [B, H, T, D], in `site.dtype`."""
+
+
+class Borrower(Part):
+    """Stores nothing of a layer: its queries read the cache of another one."""
+
+    kind = "borrower"
+    layer: Annotated[int, Field(ge=0, le=9999)] = 0  # the owner
 
 
 class Retriever(Part):

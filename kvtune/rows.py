@@ -40,6 +40,15 @@ class Side(NamedTuple):
         return self.pages.nbytes + sum(x.untyped_storage().nbytes() for x in exact)
 
 
+class Taken(NamedTuple):
+    """New tokens whose queries are not all answered yet."""
+
+    start: int  # paged tokens before them
+    keys: Tensor  # [B, H, n, D]
+    values: Tensor
+    first: bool  # whether they are the prompt
+
+
 class Rows:
     """The tokens of some batch rows in one layer: sinks | pages | recent, the outer two exact.
 
@@ -60,6 +69,7 @@ class Rows:
         self.values = Pages(policy.values, sites[1], policy.sinks)
         self._sinks: tuple[Tensor, Tensor] | None = None
         self._recent: tuple[Tensor, Tensor] | None = None
+        self._taken: Taken | None = None
 
     def attend(
         self,
@@ -71,20 +81,36 @@ class Rows:
     ) -> Tensor:
         """Adds keys and values [B, H, n, D] and answers their
         queries [B, Hq, n, D]; then frees what has left."""
-        first, start = self.seen == 0, self.keys.tokens
+        self.take(keys, values)
+        out = self.answer(query, scale, softcap)
+        self.settle()
+        return out
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Adds keys and values [B, H, n, D], which may be asked for from now on."""
+        start = self.keys.tokens
+        self._taken = Taken(start, keys, values, self.seen == 0)
         self._extend(keys, values)
+        if not self._taken.first:
+            self._page(start)
+
+    def answer(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+        """Answers the queries [B, Hq, n, D] of the tokens that were taken last."""
+        assert self._taken is not None, "answer follows take"
+        start, keys, values, first = self._taken
         if first:
             count = keys.shape[2]
             mask = causal(count, count, keys.device) if count > 1 else None
-            out = attend(query, keys, values, mask, scale, softcap)
-        else:
-            # what the last query reads from pages; after a crop they may hold more than that
-            # already
-            self._encode_on(start, max(start, self.policy.due(self.seen - 1)))
-            all_keys, all_values = self.read(query.dtype)
-            out = attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
+            return attend(query, keys, values, mask, scale, softcap)
+        all_keys, all_values = self.read(query.dtype)
+        return attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
+
+    def settle(self) -> None:
+        """Frees what has left the window, when all queries are answered."""
+        assert self._taken is not None, "settle follows take"
+        start, keys, _, _ = self._taken
+        self._taken = None
         self._settle(start, keys.shape[2])
-        return out
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a context [B, H, T, D] that was computed densely,
@@ -143,10 +169,10 @@ class Rows:
 
     def fork(self) -> Rows:
         """A copy-on-write twin: what happens to it leaves this one as it is."""
-        twin = Rows.__new__(Rows)
+        twin = type(self).__new__(type(self))
         twin.policy, twin.seen, twin._sites = self.policy, self.seen, self._sites
         twin.keys, twin.values = self.keys.fork(), self.values.fork()
-        twin._sinks, twin._recent = self._sinks, self._recent
+        twin._sinks, twin._recent, twin._taken = self._sinks, self._recent, None
         return twin
 
     @property
@@ -172,6 +198,10 @@ class Rows:
         assert self._recent is not None
         for pages, x in zip((self.keys, self.values), self._recent, strict=True):
             pages.append(x[:, :, pages.tokens - start : due - start])
+
+    def _page(self, start: int) -> None:
+        """Pages what the last query reads from pages; after a crop they may hold more already."""
+        self._encode_on(start, max(start, self.policy.due(self.seen - 1)))
 
     def _encode_on(self, start: int, due: int) -> None:
         """The same behind the prompt: what is learned of the first tokens is learned of as many as

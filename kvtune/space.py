@@ -83,6 +83,11 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
             f"Layers {selecting[0]} select tokens in a template, which searches codecs only.",
             "Leave select out there, or measure such recipes with `kvtune bench tiers`.",
         )
+    if sharing := [own.span for own in template.layers if own.share is not None]:
+        raise UsageError(
+            f"Layers {sharing[0]} share their cache in a template, which searches layers apart.",
+            "Leave share out there, or compare such recipes with `kvtune bench sharing`.",
+        )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
     layers = {i: template.layers[owner[i]] for i in known.compressible()}
     shapes = {i: (known.layers[i].kv_heads, known.layers[i].head_dim) for i in layers}

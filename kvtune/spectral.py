@@ -22,7 +22,9 @@ def top(gram: Tensor, rank: int) -> Tensor:
         return gram.new_empty(*gram.shape[:-1], rank)
     _, vectors = torch.linalg.eigh(gram)
     found: Tensor = vectors.flip(-1)[..., :rank]
-    return found
+    # a direction's sign is anyone's: without a rule the last bit of a sum would move codes
+    largest = found.gather(-2, found.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -found, found)
 
 
 def root(weight: Tensor) -> Tensor:

@@ -106,10 +106,10 @@ class Svd(Projection):
         if not self.learns:
             return {}
         found = {}
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.centre == "mean":
             found["mean"] = wide.mean(2, keepdim=True).to(x.dtype)
-            wide = wide - found["mean"].float()
+            wide = wide - found["mean"].to(wide)
         if self.metric == "whitened":
             found["scale"] = evened(wide.square().mean(2, keepdim=True)).to(x.dtype)
         inside = self._with(site, found)
@@ -144,10 +144,11 @@ class Svd(Projection):
     def decode(self, code: Code, site: Site) -> Tensor:
         """Returns x [B, H, T, D] of rank r."""
         basis = self._basis(site)
-        joined = code.body.float() @ basis.flatten(2, 3).transpose(-1, -2).float()
+        wide = code.body.to(torch.promote_types(site.dtype, torch.float32))
+        joined = wide @ basis.flatten(2, 3).transpose(-1, -2).to(wide)
         x = self._metric(site).out_of(_parted(joined, basis.shape[-2]))
         mean = self._tensor(site, "mean")
-        return (x if mean is None else x + mean.float()).to(site.dtype)
+        return (x if mean is None else x + mean.to(x)).to(site.dtype)
 
     def _with(self, site: Site, found: Mapping[str, Tensor]) -> Site:
         named = {f"{self.name()}.{name}": x for name, x in found.items()}
