@@ -11,7 +11,7 @@ from kvtune_kernels import Format
 from torch import Tensor
 
 from kvtune.lowrank import Latents
-from kvtune.parts import Code, Codec, Fold, Quantizer, Site, Table
+from kvtune.parts import Code, Codec, Fold, Projection, Quantizer, Site, Table
 from kvtune.seen import joined
 
 
@@ -42,6 +42,11 @@ class Chain:
     def apart(self) -> bool:
         """Whether each kv head is stored alone."""
         return all(codec.apart for codec in self.codecs)
+
+    @property
+    def projects(self) -> bool:
+        """Whether fewer channels are kept, or a basis of them is."""
+        return any(isinstance(codec, Projection) for codec in self.codecs)
 
     @property
     def needs(self) -> frozenset[str]:

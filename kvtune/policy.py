@@ -95,6 +95,11 @@ class Policy(Record):
         return tuple(dict.fromkeys(chain for pair in self.tiers for chain in pair))
 
     @property
+    def projects(self) -> bool:
+        """Whether anything is projected."""
+        return any(chain.projects for chain in self.chains)
+
+    @property
     def tiers(self) -> tuple[tuple[Chain, Chain], ...]:
         """As `pairs`, and then keys and values of the rest, where it is stored."""
         return (*self.pairs, *((self.rest,) if self.rest else ()))

@@ -68,11 +68,13 @@ class Svd(Projection):
         return heads // size, max(1, round(self.rank * size * head_dim))
 
     def least(self, heads: int, head_dim: int) -> int:
-        """From how many tokens on a prompt's own basis saves bytes: T (w - r) > r w."""
+        """From how many tokens on a prompt's own basis saves bytes: T (w - r) > r w, and w more
+        for a mean and for channels' scales."""
         if self.basis == "calibrated":
             return 0
         width, rank = self.size(heads) * head_dim, self.shape(heads, head_dim)[1]
-        return rank if rank == width else rank * width // (width - rank) + 1
+        rows = rank + (self.centre == "mean") + (self.metric == "whitened")
+        return rank if rank == width else rows * width // (width - rank) + 1
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """In 16 bits: the metric where calibration finds it, and the basis where it does."""
