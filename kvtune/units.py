@@ -12,6 +12,7 @@ from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.sharing import Unit
 
+ENDLESS = 1 << 40  # tokens
 Sites = Callable[[int], tuple[MakeSite, MakeSite]]  # of a layer
 
 
@@ -29,6 +30,8 @@ def make_unit(
     borrowers = len(unit) - 1 + handed
     if borrowers == 0:
         return [make_layer(first, sites(unit[0]), shared)]
+    if first.is_dense:  # a window without an end, so that a crop takes back any tokens
+        first = first.model_copy(update={"recent": ENDLESS})
     owner = LendingLayer(first, sites(unit[0]), borrowers, shared)
     return [owner, *(BorrowingLayer(policies[index], owner) for index in unit[1:])]
 
