@@ -57,9 +57,7 @@ def basis(
     for name in ("gram", "top", "project", "seconds", "prefill"):
         spent = getattr(cost, name)
         label = {"gram": "Gram matrices", "top": "directions", "seconds": "bases, all"}
-        table.add_row(
-            label.get(name, name), f"{1e3 * spent:,.1f}", f"{spent / cost.prefill:.1%}"
-        )
+        table.add_row(label.get(name, name), f"{1e3 * spent:,.1f}", f"{spent / cost.prefill:.1%}")
     met = "met" if cost.table()["met"] else "not met"
     out.print(
         table,
