@@ -28,7 +28,7 @@ FLOORS = (
     "policy",
     "sharing",
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
-    "commons fused rows space bench.applied",
+    "commons fused rows space bench.applied bench.ranks",
     "tiers",
     "growth kvtuner layer profile speed",
     "fit grouped heads lent",

@@ -27,6 +27,8 @@ if triton is not None:
     from kvtune_kernels import latents as kernels
     from kvtune_kernels import paged
 
+__all__ = ["Rotary", "attend_latents", "paired_basis", "unsupported_latents"]
+
 HIGHEST = 512  # rank
 HELD = 1 << 15  # numbers of `up` that a program holds, at most
 
@@ -44,7 +46,8 @@ def attend_latents(
     int [B]. `latents` [B, T, r] belong to all kv heads, or [B, G, T, r] to groups of them; `up` is
     [H, r, D], or [B, H, r, D] where each row has a basis of its own; `mean` [H, D] or [B, H, D].
     With `paired`, `up` comes from `paired_basis`. `values` [B, G, T, Dv] in 16 bits, or int8 times
-    `value_scales` [B, G, T]; None asks for the log-sum-exp alone. `query` is after RoPE, `rotary` None where there is none.
+    `value_scales` [B, G, T]; None asks for the log-sum-exp alone. `query` is after RoPE, `rotary`
+    None where there is none.
 
     Without `up`, latents are what the query meets: [B, Hq, r] absorbed (q up^T) of models without
     RoPE, or plain keys; and values may be latents as well: then the answer is theirs, [B, Hq, rv].
