@@ -84,7 +84,7 @@ def facts(config: Any) -> Facts:
 
 
 def _heads(text: Any, layer: int) -> tuple[int, int, int]:
-    """Kv heads, query heads and head size of a layer: in some models (Gemma 4) not all are alike."""
+    """Kv heads, query heads and head size of a layer; those of Gemma 4 are not all alike."""
     if getattr(text, "per_layer_config", None):
         text = text.per_layer_config[layer]
     heads = text.num_attention_heads

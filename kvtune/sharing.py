@@ -70,7 +70,7 @@ def settled(policies: Sequence[Policy], known: Facts) -> tuple[Policy, ...]:
     for index, policy in enumerate(policies):
         if (policy.select is not None or policy.heads) and known.handed(index):
             raise UsageError(
-                f"layer {index} is handed on to other layers by the model itself, so it can neither "
+                f"layer {index} is handed on to other layers by the model, so it can neither "
                 "select tokens nor treat its heads differently.",
                 "Leave select and heads out of this layer.",
             )

@@ -78,7 +78,7 @@ def test_a_layer_is_read_from_its_pages_by_those_that_it_is_handed_to(
     assert asked == [64, 64]
 
 
-@every_body
+@pytest.mark.parametrize("body", ["affine", "xkv"])
 def test_bank_measurement_equals_generation(handing: Any, body: str, draw: Any) -> None:
     recipe = made(body)
     bank = build(handing, draw(2, CONTEXT + MORE + 1), CONTEXT)
