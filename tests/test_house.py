@@ -18,9 +18,10 @@ LONGEST = 350
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
     "errors haystack owners halving splits view",
-    "discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
+    "allotting discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
+    "lowrank",
     "demo metrics parts runs sampling shipped storage task tensors texts bench.store",
     "chains intervals leases levels models planes reading table turning turns bench.kernels",
     "entries pages",
@@ -33,7 +34,7 @@ FLOORS = (
     "fit grouped heads lent",
     "units",
     "cache",
-    "answers bank lm_eval scores surrogate bench.decode",
+    "answers bank lm_eval saving scores surrogate bench.decode",
     "budgets clusters measure moments study",
     "distortion layout prices prove",
     "baseline biased calibrate front search",

@@ -260,8 +260,8 @@ def attend_packed(
     result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
     many = triton.next_power_of_2(parts)
     paged.merge[(batch * query_heads * count,)](
-        out, lse, result, state if advance is None else advance, state, *result.stride()[:3],
-        batch, heads, share, count, parts, ADVANCE=advance is not None, D=dim, D2=wide,
+        out, lse, result, lse, state if advance is None else advance, state, *result.stride()[:3],
+        batch, heads, share, count, parts, ADVANCE=advance is not None, TELL=False, D=dim, D2=wide,
         PARTS=many, FEW=min(many, 8192 // wide), num_warps=4, **waiting(query.device),
     )  # fmt: skip
     return result

@@ -242,13 +242,14 @@ def _some_parts(
 
 @triton.jit(do_not_specialize=["batch", "heads", "share", "count", "parts"])
 def merge(
-    OUT, LSE, RESULT, BEFORE, STATE, r_b, r_h, r_m, batch, heads, share, count, parts,
-    ADVANCE: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
+    OUT, LSE, RESULT, TOLD, BEFORE, STATE, r_b, r_h, r_m, batch, heads, share, count, parts,
+    ADVANCE: tl.constexpr, TELL: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
     FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Joins partial results by log-sum-exp: one program for each query and query head.
 
-    With ADVANCE, STATE becomes the next step's: no kernel reads BEFORE any more.
+    With ADVANCE, STATE becomes the next step's: no kernel reads BEFORE any more. With TELL, TOLD
+    [B, Hq, M] gets the log-sum-exp of all logits, to the base e.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -261,7 +262,8 @@ def merge(
     place = bh * parts * (share * count) + column
     if FEW == PARTS:
         lse, out = _some_parts(OUT, LSE, place, 0, parts, share * count, D, D2, FEW)
-        weight = tl.exp2(lse - tl.max(lse, 0))
+        top = tl.max(lse, 0)
+        weight = tl.exp2(lse - top)
         total = tl.sum(weight, 0)
         acc = tl.sum(out * weight[:, None], 0)
     else:
@@ -276,6 +278,10 @@ def merge(
     h = bh % heads * share + column // count
     where = RESULT + b * r_b + h * r_h + column % count * r_m + channel
     tl.store(where, (acc / total).to(RESULT.dtype.element_ty), mask=channel < D)
+    if TELL:
+        told = (top + tl.log2(total)) * 0.6931471805599453
+        place = (b * heads * share + h) * count + column % count
+        tl.store(TOLD + place, tl.where(top > FAR, told, -float("inf")))
     if ADVANCE and row % (heads * share * count) == 0:
         for i in tl.static_range(3):
             tl.store(BEFORE + i * batch + b, tl.load(STATE + i * batch + b))
