@@ -104,9 +104,7 @@ def unsupported_latents(
     return None
 
 
-def _runs_triton(
-    query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None
-) -> bool:
+def _runs_triton(query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None) -> bool:
     choice = _choice.get()
     if choice == "reference" or (choice == "auto" and query.device.type != "cuda"):
         return False
@@ -134,7 +132,9 @@ def _launched(
     wide = triton.next_power_of_2(dim) if up is not None else 32
     keeps = (first + rest) * wide <= HELD or up is None
     plan = tuned(wide, first + rest, keeps, triton.next_power_of_2(max(width, 16)), share)
-    splits = split_count(batch * heads, -(-tokens // plan["N"]), slots(query.device, plan["num_warps"]))
+    splits = split_count(
+        batch * heads, -(-tokens // plan["N"]), slots(query.device, plan["num_warps"])
+    )
     out, lse = workspace.partial(batch * query_heads * splits, width or 16, query.device)
     if up is not None and rotary is not None and not paired:
         up = paired_basis(up, rotary)
