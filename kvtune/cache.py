@@ -18,14 +18,16 @@ from kvtune import recipe as recipes
 from kvtune.attention import NAME
 from kvtune.errors import IntegrityError
 from kvtune.fitted import blanks, check, sites
-from kvtune.heads import make_layer
 from kvtune.layer import CompressedLayer, Shared
-from kvtune.models import Facts, facts, fingerprint, places, ropes
+from kvtune.models import Facts, LayerFacts, facts, fingerprint, places, ropes
+from kvtune.pages import MakeSite
 from kvtune.placement import input_device
 from kvtune.policy import Policy
 from kvtune.recipe import Recipe
 from kvtune.rope import Rope
+from kvtune.sharing import units
 from kvtune.tensors import Artifact
+from kvtune.units import make_unit
 
 
 class CompressedCache(Cache):
@@ -47,11 +49,18 @@ class CompressedCache(Cache):
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
         self.shared = Shared()
-        for index, policy in enumerate(policies):
-            if not policy.is_dense:
-                layers[index] = make_layer(
-                    policy, sites(index, rope.get(index), tensors), self.shared
-                )
+        known = facts(config)
+
+        def places(index: int) -> tuple[MakeSite, MakeSite]:
+            return sites(index, rope.get(index), tensors)
+
+        for unit in units(policies, known.layers):
+            if all(policies[index].is_dense for index in unit):
+                continue
+            handed = known.handed(unit[0])
+            made = make_unit(unit, policies, places, self.shared, handed)
+            for index, layer in zip(unit, made, strict=True):
+                layers[index] = layer
         super().__init__(layers=layers)
         self._made_of = (policies, config, rope, tensors)
 
@@ -98,7 +107,7 @@ def load(
         UnsupportedError: the model cannot be compressed.
     """
     policies, placed = resolved(recipe, model, force, tensors)
-    needs_rope = any("rope" in chain.needs for policy in policies for chain in policy.chains)
+    needs_rope = any("rope" in policy.needs for policy in policies)
     cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, placed)
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
@@ -180,26 +189,53 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
     """Counts bytes by running the shipping path on tensors
     without data, so that no formula can drift from it."""
     stored = dense = fixed = 0
-    for policy, layer in zip(policies, known.layers, strict=True):
-        length = context if layer.window is None else min(context, layer.window - 1)
-        full = 4 * layer.kv_heads * layer.head_dim * length
-        dense += full
-        sides = layer_bytes(policy, layer.kv_heads, layer.head_dim, context)
-        stored += full if policy.is_dense else sum(sides)
-        fixed += sum(fitted_bytes(policy, layer.kv_heads, layer.head_dim))
+    for unit in units(policies, known.layers):
+        first, shape = policies[unit[0]], _shape(known.layers[unit[0]])
+        full = [_full(known.layers[index], context) for index in unit]
+        dense += sum(full)
+        if first.sharer is not None:
+            stored += sum(group_bytes(first, len(unit), *shape, context))
+            continue
+        # of several layers the first is the owner, and the others store nothing
+        stored += full[0] if first.is_dense else sum(layer_bytes(first, *shape, context))
+        fixed += sum(fitted_bytes(first, *shape))
     bits = [policies[i].payload_bits for i in known.compressible()]
     payload = sum(bits) / max(1, len(bits))
     return Weight(stored * batch + fixed, dense * batch, payload)
 
 
+def _shape(layer: LayerFacts) -> tuple[int, int]:
+    return layer.kv_heads, layer.head_dim
+
+
+def _full(layer: LayerFacts, context: int) -> int:
+    """Bytes of a layer of the model's own 16-bit cache."""
+    if layer.reads is not None:
+        return 0
+    length = context if layer.window is None else min(context, layer.window - 1)
+    return 4 * layer.kv_heads * layer.head_dim * length
+
+
 @lru_cache(8192)  # layers are alike, and so are most of the policies of a search
 def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
     """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
-    layer = make_layer(policy, sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim)))
+    return group_bytes(policy, 1, kv_heads, head_dim, context)
+
+
+@lru_cache(8192)
+def group_bytes(
+    policy: Policy, layers: int, kv_heads: int, head_dim: int, context: int
+) -> tuple[int, int]:
+    """As `layer_bytes`, of so many layers that store together."""
+    own = sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim))
+    unit = tuple(range(layers))
+    made = make_unit(unit, (policy,) * layers, lambda index: own)
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
     got = torch.empty(x.shape[:3], device="meta")
-    layer.fill(x, x.clone(), got if "attention" in policy.needs else None)
-    return layer.side_bytes
+    for layer in made:
+        layer.fill(x, x.clone(), got if "attention" in policy.needs else None)
+    keys, values = zip(*(layer.side_bytes for layer in made), strict=True)
+    return sum(keys), sum(values)
 
 
 def fitted_bytes(policy: Policy, kv_heads: int, head_dim: int) -> tuple[int, int]:

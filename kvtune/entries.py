@@ -17,9 +17,10 @@ from pydantic import (
 )
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.marks import Tokens
-from kvtune.parts import SEARCH, Chain, Codec, Selector
+from kvtune.parts import SEARCH, Borrower, Codec, Selector, Sharer
 from kvtune.spans import check
 
 # what "search" opens; fewer exact tokens than these are hardly cheaper
@@ -64,11 +65,17 @@ def _selection(value: Any) -> Any:
     return value
 
 
-def _part(value: Any) -> parts.Part:
+def _sharing(value: Any) -> Any:
+    if value is not None and not isinstance(_part(value, "xkv"), Sharer | Borrower):
+        raise ValueError(f"{value['use']} is a {_part(value).kind}; share takes a sharer")
+    return value
+
+
+def _part(value: Any, example: str = "attention") -> parts.Part:
     if not isinstance(value, Mapping):
-        raise ValueError('expected a part such as { use = "attention", share = 0.2 }')
+        raise ValueError(f'expected a part such as {{ use = "{example}" }}')
     if parts.is_open(value):
-        raise ValueError("what selects tokens is not searched: write its settings")
+        raise ValueError(f"{value.get('use')} is not searched here: write its settings")
     return parts.parse(value)
 
 
@@ -98,6 +105,11 @@ Tables = Annotated[
 Span = Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
 Selection = Annotated[
     dict[str, Any] | None, BeforeValidator(_selection), WithJsonSchema({"type": "object"})
+]
+
+
+Sharing = Annotated[
+    dict[str, Any] | None, BeforeValidator(_sharing), WithJsonSchema({"type": "object"})
 ]
 
 
@@ -143,7 +155,8 @@ Rest = Annotated[Tier | Literal["drop"] | None, BeforeValidator(_fate)]
 class LayerPolicy(Record):
     """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7").
 
-    With a selector, the tokens that win go to `kept` and the others to `rest`, or nowhere.
+    With a selector, the tokens that win go to `kept` and the others to `rest`, or nowhere. With
+    `share`, `kept` stores what neighbouring layers share.
     """
 
     span: Span
@@ -153,6 +166,7 @@ class LayerPolicy(Record):
     heads: Heads = ()
     select: Selection = None
     rest: Rest = None
+    share: Sharing = None
 
     def is_open(self) -> bool:
         """True when a setting, a window, a codec or the choice of heads is left to a search."""
@@ -175,6 +189,18 @@ class LayerPolicy(Record):
             raise ValueError(
                 'a layer that lists heads opens nothing: write heads = "search", or close it'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_layers_are_closed(self) -> Self:
+        if self.share is None:
+            return self
+        if self.select is not None or self.heads:
+            raise ValueError(
+                "layers that share treat tokens and heads alike: leave select and heads out"
+            )
+        if self.is_open():
+            raise ValueError("layers that share are not searched: write their settings")
         return self
 
     @model_validator(mode="after")

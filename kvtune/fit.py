@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
 from kvtune.models import Facts, LayerFacts
-from kvtune.parts import Chain, Codec, Seen, Site
+from kvtune.parts import Codec, Seen, Site
 from kvtune.policy import Policy
 from kvtune.profile import Profile
 from kvtune.recipe import RECIPE_FILE, ArtifactRef, ModelBinding, Recipe, load
@@ -68,9 +69,9 @@ class Fitter:
         for index, codec in enumerate(codecs):
             own = {f"{codec.name()}.{name}": x for name, x in codec.fit(seen).items()}
             found |= own
-            if codec.linear and index < len(codecs) - 1:
+            if index < len(codecs) - 1:
                 site = Site(layer, side, torch.arange(0), torch.float32, None, found)
-                seen = seen.behind(codec.fold(site, *seen.mean.shape))
+                seen = codec.behind(seen, site)
         return found
 
     def seen(self, layer: int, side: Side, pre_rope: bool = False) -> Seen:
@@ -89,7 +90,15 @@ class Fitter:
             read,
             self._row(layer, f"{'' if side == 'values' else stem}samples.{reads}"),
             side == "keys",
+            self._together(layer, side, mean) if pre_rope or side == "values" else None,
         )
+
+    def _together(self, layer: int, side: Side, mean: Tensor) -> Tensor | None:
+        name = f"joint.{side}"
+        if name not in self._profile.tensors:
+            return None  # an older profile, or heads too many to hold
+        flat = mean.flatten()
+        return self._row(layer, name) - flat[:, None] * flat
 
     @property
     def _cached(self) -> bool:

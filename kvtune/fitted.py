@@ -16,7 +16,10 @@ from kvtune.rope import Rope
 
 
 def blanks(layer: int, policy: Policy, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
-    """The tensors that a layer's codecs read, without data: "layer.3.keys.METHOD.NAME"."""
+    """The tensors that a layer's codecs read, without data: "layer.3.keys.METHOD.NAME"; none of
+    what several layers share."""
+    if policy.share is not None:
+        return {}
     return {
         f"layer.{layer}.{side}.{name}": x
         for index, side in enumerate(("keys", "values"))

@@ -8,8 +8,9 @@ import torch
 from kvtune_kernels import Map, turn
 from torch import Tensor
 
+from kvtune.chains import Chain
 from kvtune.pages import MakeSite
-from kvtune.parts import Chain, Fold
+from kvtune.parts import Fold
 from kvtune.policy import Policy
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
-from kvtune.parts import SEARCH, Chain, Codec
+from kvtune.parts import SEARCH, Codec
 from kvtune.policy import Policy
 from kvtune.recipe import Recipe
 from kvtune.space import to_recipe

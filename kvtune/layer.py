@@ -97,15 +97,7 @@ class CompressedLayer(CacheLayerMixin):
     def _attend(
         self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
     ) -> Tensor:
-        assert self._incoming is not None, "attend follows update"
-        (keys, values), self._incoming = self._incoming, None
-        pads = self._shared.paddings(mask, keys.shape[0])
-        if not self.groups:
-            self._open(pads, keys)
-        elif (pads or [0] * keys.shape[0]) != self._pads():
-            raise UnsupportedError(
-                "The padding of a row changed while its cache was in use.", "Use a fresh cache."
-            )
+        keys, values = self._admitted(mask)
         first = self.groups[0]
         if len(self.groups) == 1 and (first.rows.ragged or first.pads[0] == 0):
             return first.rows.attend(query, keys, values, scale, softcap)
@@ -115,6 +107,19 @@ class CompressedLayer(CacheLayerMixin):
             q, k, v = (x[members][:, :, skip:] for x in (query, keys, values))
             out[members, :, skip:] = rows.attend(q, k, v, scale, softcap)
         return out
+
+    def _admitted(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The keys and values [B, H, n, D] that `update` took, for rows that are there."""
+        assert self._incoming is not None, "attend follows update"
+        (keys, values), self._incoming = self._incoming, None
+        pads = self._shared.paddings(mask, keys.shape[0])
+        if not self.groups:
+            self._open(pads, keys)
+        elif (pads or [0] * keys.shape[0]) != self._pads():
+            raise UnsupportedError(
+                "The padding of a row changed while its cache was in use.", "Use a fresh cache."
+            )
+        return keys, values
 
     def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
         """Takes an unpadded context [B, H, T, D] that was computed densely, as a prompt's forward
@@ -143,10 +148,10 @@ class CompressedLayer(CacheLayerMixin):
         """A copy-on-write twin."""
         twin = CompressedLayer(self.policy, self._sites, self._shared)
         self._hand_over(twin)
-        twin._groups = [Group(members, pads, rows.fork()) for members, pads, rows in self.groups]
         return twin
 
     def _hand_over(self, twin: CompressedLayer) -> None:
+        twin._groups = [Group(members, pads, rows.fork()) for members, pads, rows in self._groups]
         twin.seen, twin.is_initialized = self.seen, self.is_initialized
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
@@ -236,18 +241,26 @@ class CompressedLayer(CacheLayerMixin):
                 f"A row of the first {length} tokens is all padding.",
                 "Prefill in larger chunks, or pad less.",
             )
-        selects = self.policy.select is not None
-        if selects and keys.is_cuda:
-            say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
-        if not selects and serves(self.policy, keys):
+        if self._fuses(keys):
             rows = FusedRows(self.policy, pads, self._shared.workspace, self._sites)
             self._groups.append(Group(list(range(batch)), pads, rows))
             return
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
             own = [pad] * len(members)
-            kind = Tiers if selects else Rows
-            self._groups.append(Group(members, own, kind(self.policy, self._sites)))
+            self._groups.append(Group(members, own, self._rows(pad)))
+
+    def _fuses(self, keys: Tensor) -> bool:
+        """Whether kernels store and read the layer."""
+        if self.policy.select is None:
+            return serves(self.policy, keys)
+        if keys.is_cuda:
+            say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
+        return False
+
+    def _rows(self, pad: int) -> Rows | Tiers:
+        """Empty rows with so much padding, in plain torch."""
+        return (Tiers if self.policy.select else Rows)(self.policy, self._sites)
 
     def _pads(self) -> list[int]:
         by_row = {

@@ -7,11 +7,11 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 
 from kvtune.budgets import Budgets, by_time
+from kvtune.chains import Chain
 from kvtune.clusters import clusters
 from kvtune.errors import UsageError
 from kvtune.goal import Goal
 from kvtune.models import Facts
-from kvtune.parts import Chain
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
 from kvtune.space import SIDES, Choices, Opened, Side

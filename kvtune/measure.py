@@ -18,21 +18,38 @@ from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
+from kvtune.chains import Chain
 from kvtune.errors import ResourceError
 from kvtune.fitted import sites
 from kvtune.fused import FusedRows, serves
 from kvtune.heads import HeadedLayer, make_layer, picked
 from kvtune.layer import CompressedLayer
 from kvtune.pages import MakeSite, narrowed
-from kvtune.parts import Chain
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
+from kvtune.sharing import Unit, pieces, units
 from kvtune.tiers import Tiers
+from kvtune.units import forked, make_unit
 
 MEMO_BYTES = 400 << 20
 Fit = Callable[[int, Policy], Mapping[str, Tensor]]  # layer, policy -> the tensors that it reads
-Held = Side | FusedRows | Tiers  # what is memoised: a side of some heads; both where they lie so
+
+
+@dataclass(frozen=True)
+class Together:
+    """Layers that share."""
+
+    layers: list[CompressedLayer]
+
+    @property
+    def nbytes(self) -> tuple[int, ...]:
+        """Bytes held in each."""
+        return tuple(layer.nbytes for layer in self.layers)
+
+
+# what is memoised: a side of some heads; both where they lie so; all layers of a unit
+Held = Side | FusedRows | Tiers | Together
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +141,16 @@ class Bench:
         # In plain torch on any device: a trial asks a few questions of codes that no other trial
         # has, and a compiler would take longer than the answers. Proofs run the kernels.
         bank = self.bank
-        layers = [self._layer(index, policy, rows, memo) for index, policy in enumerate(policies)]
-        logits = self.model(bank.inputs[rows], past_key_values=Cache(layers=layers)).logits
+        cache = Cache(layers=self._layers(policies, rows, memo))
+        cut = bank.inputs[rows].split(pieces(policies, bank.context, bank.continuation), 1)
+        found = [self.model(piece, past_key_values=cache).logits for piece in cut]
+        logits = torch.cat(found, 1) if len(found) > 1 else found[0]
         return compare([bank.logp[row] for row in rows], logits, bank.targets[rows])
 
     def cache(self, policies: tuple[Policy, ...]) -> Cache:
         """A cache that holds the contexts, for generation to go on from."""
         rows = list(range(self.bank.tokens.shape[0]))
-        return Cache(layers=[self._layer(i, own, rows, False) for i, own in enumerate(policies)])
+        return Cache(layers=self._layers(policies, rows, False))
 
     @property
     def compiles(self) -> bool:
@@ -164,6 +183,41 @@ class Bench:
         made = self._empty(layer, policy)
         made.fill(self.bank.keys[layer], self.bank.values[layer], self._got(layer, policy))
         return made
+
+    def _layers(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> list[Any]:
+        known, made = self.bank.facts, dict[int, Any]()
+        for unit in units(policies, known.layers):
+            alone = len(unit) == 1 and policies[unit[0]].sharer is None
+            if alone and (policies[unit[0]].is_dense or not known.handed(unit[0])):
+                made[unit[0]] = self._layer(unit[0], policies[unit[0]], rows, memo)
+            else:
+                made |= zip(unit, self._unit(unit, policies, rows, memo), strict=True)
+        return [made[index] for index in range(len(policies))]
+
+    def _unit(
+        self, unit: Unit, policies: tuple[Policy, ...], rows: list[int], memo: bool
+    ) -> list[CompressedLayer]:
+        """Layers that share, which hold the contexts."""
+
+        def filled() -> Together:
+            made = make_unit(
+                unit,
+                policies,
+                lambda index: self._sites(index, policies[index]),
+                handed=self.bank.facts.handed(unit[0]),
+            )
+            for index, layer in zip(unit, made, strict=True):
+                layer.fill(self.bank.keys[index], self.bank.values[index])
+            return Together(made)
+
+        key = (unit, tuple(policies[index] for index in unit))
+        held = self._kept(key, filled) if memo else filled()
+        assert isinstance(held, Together)
+        found = forked(held.layers)
+        if len(rows) < self.bank.tokens.shape[0]:
+            for layer in found:
+                layer.batch_select_indices(torch.tensor(rows))
+        return found
 
     def _layer(self, index: int, policy: Policy, rows: list[int], memo: bool) -> Any:
         part = len(rows) < self.bank.tokens.shape[0]
@@ -203,15 +257,16 @@ class Bench:
         keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
         if policy.select is not None or serves(policy, keys):
             whole = self._kept((layer, heads, policy), lambda: self._whole(layer, heads, policy))
-            assert not isinstance(whole, Side)
+            assert isinstance(whole, FusedRows | Tiers)
             return whole.fork()
         own, every = self._sites(layer, policy), tuple(range(self.bank.keys[layer].shape[1]))
         makers = own if heads == every else (narrowed(own[0], heads), narrowed(own[1], heads))
         sides: list[Side] = []
+        ends = policy.sinks, policy.due(keys.shape[2])
         for name, x, maker in zip(("keys", "values"), (keys, values), makers, strict=True):
             chain: Chain = getattr(policy, name)
-            made = functools.partial(Side.of, x, chain, maker, policy.window)
-            side = self._kept((layer, heads, name, chain, policy.window), made)
+            made = functools.partial(Side.of, x, chain, maker, *ends)
+            side = self._kept((layer, heads, name, chain, ends), made)
             assert isinstance(side, Side)
             sides.append(side)
         rows = Rows(policy, makers)

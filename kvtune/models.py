@@ -34,6 +34,7 @@ class LayerFacts:
     query_heads: int
     head_dim: int
     window: int | None = None  # tokens that a sliding layer looks back
+    reads: int | None = None  # the layer whose keys and values the model hands it: it has none
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Facts:
 
     def compressible(self) -> tuple[int, ...]:
         """Indices of the full-attention layers; sliding layers keep
-        transformers' own cache layer."""
+        transformers' own cache layer, and layers that read another's have none."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.kind == FULL)
+
+    def handed(self, layer: int) -> int:
+        """To how many others the model hands a layer's keys and values."""
+        return sum(other.reads == layer for other in self.layers)
 
 
 def facts(config: Any) -> Facts:

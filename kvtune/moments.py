@@ -11,7 +11,9 @@ from torch import Tensor
 from kvtune import turning
 from kvtune.bank import Bank
 from kvtune.rope import Rope
+from kvtune.spectral import gram
 
+JOINT = 1024  # channels of all kv heads: the moments of more are not kept
 SAMPLED = 16  # tokens of each context that are kept as they are
 SIDES = ("keys", "values", "queries")
 
@@ -28,6 +30,7 @@ class Moments:
         self._ropes = ropes
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
         self._counts: dict[tuple[str, int], int] = defaultdict(int)
+        self._joint: dict[tuple[str, int], Tensor] = {}
         self._samples: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -46,6 +49,9 @@ class Moments:
         self._samples["values", layer].append(values[:, :, picked])
         for side, x in (("keys", keys), ("values", values), ("queries", grouped.flatten(2, 3))):
             self._add((side, layer), x.double())
+        if keys.shape[1] * keys.shape[3] <= JOINT:
+            self._add_joint(("keys", layer), keys)
+            self._add_joint(("values", layer), values)
 
     def _add(self, place: tuple[str, int], x: Tensor) -> None:
         first, second = x.sum((0, 2)), torch.einsum("bhtd,bhte->hde", x, x)
@@ -54,13 +60,18 @@ class Moments:
         held[0] += first
         held[1] += second
 
+    def _add_joint(self, place: tuple[str, int], x: Tensor) -> None:
+        together = gram(x.transpose(1, 2).flatten(2).double()).sum(0)
+        self._joint[place] = self._joint[place] + together if place in self._joint else together
+
     def tensors(self, context: int) -> dict[str, Tensor]:
         """What was seen, layers in ascending order, for caches of up to `context` tokens.
 
         `moments.SIDE` [L, H, D, D], `means.SIDE` [L, H, D] and `samples.SIDE` [L, H, n, D] are
         pre-RoPE. `cached.*` are the same of keys and queries as they are cached and asked, over all
         positions of a context, and `facing.queries` is the moment of queries as pre-RoPE keys see
-        them: turned back by the position of the key.
+        them: turned back by the position of the key. `joint.SIDE` [L, H * D, H * D] are moments of
+        all kv heads at once, where they have up to 1,024 channels.
         """
         layers = sorted({layer for _, layer in self._sums})
         found: dict[str, list[Tensor]] = defaultdict(list)
@@ -79,6 +90,8 @@ class Moments:
             count = self._counts[side, layer]
             found |= {f"means.{side}": first / count, f"moments.{side}": second / count}
             found[f"samples.{side}"] = _joined(self._samples[side, layer])
+            if (side, layer) in self._joint:
+                found[f"joint.{side}"] = self._joint[side, layer] / count
         if rope := self._ropes.get(layer):
             found |= _cached(found, rope, context)
         return found

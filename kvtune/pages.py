@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvtune.parts import Chain, Encoded, Site
+from kvtune.chains import Chain, Encoded
+from kvtune.parts import Site
 
 MakeSite = Callable[[Tensor, torch.dtype], Site]  # positions [T], dtype -> site
 
@@ -81,13 +82,18 @@ class Pages:
         self._start = start  # the true index of the first token
         self._body: Grown | None = None
         self._sides: list[list[Grown]] = []
+        self._learned: dict[str, Tensor] = {}  # of each row, whatever its length
 
     def append(self, x: Tensor) -> None:
         """Encodes and stores x [B, H, n, D], n a multiple of the chain's block."""
         if x.shape[2] == 0:
             return
         first = self._start + self.tokens
-        code = self.chain.encode(x, self._site(first, x.shape[2], x.device, x.dtype))
+        site = self._site(first, x.shape[2], x.device, x.dtype)
+        if self._body is None:
+            code, self._learned = self.chain.begin(x, site)
+        else:
+            code = self.chain.encode(x, site)
         self.tokens += x.shape[2]
         if self._body is None:
             self._body = Grown(code.body if self.chain.codecs else code.body.clone())
@@ -114,20 +120,27 @@ class Pages:
 
     def select(self, rows: Tensor) -> Pages:
         """The same tokens for other batch rows."""
-        return self._mapped(lambda grown: grown.select(rows))
+        twin = self._mapped(lambda grown: grown.select(rows))
+        twin._learned = {name: x.index_select(0, rows) for name, x in self._learned.items()}
+        return twin
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales, zeros and slack."""
+        """Bytes held: codes, scales, zeros, slack and what was learned of the rows."""
         flat = [grown for side in self._sides for grown in side]
-        return sum(grown.nbytes for grown in (*flat, *([self._body] if self._body else [])))
+        learned = sum(x.untyped_storage().nbytes() for x in self._learned.values())
+        held = sum(grown.nbytes for grown in (*flat, *([self._body] if self._body else [])))
+        return held + learned
 
     def _mapped(self, move: Callable[[Grown], Grown]) -> Pages:
         twin = Pages(self.chain, self._make_site, self._start)
-        twin.tokens = self.tokens
+        twin.tokens, twin._learned = self.tokens, self._learned
         twin._body = move(self._body) if self._body else None
         twin._sides = [[move(grown) for grown in side] for side in self._sides]
         return twin
 
     def _site(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Site:
-        return self._make_site(torch.arange(first, first + count, device=device), dtype)
+        site = self._make_site(torch.arange(first, first + count, device=device), dtype)
+        if not self._learned:
+            return site
+        return replace(site, tensors={**site.tensors, **self._learned})

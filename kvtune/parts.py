@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from kvtune_kernels import Format
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvtune import discovery
@@ -21,7 +20,6 @@ from kvtune.marks import legal_values as legal_values
 from kvtune.rope import Rope
 from kvtune.seen import Fold as Fold
 from kvtune.seen import Seen as Seen
-from kvtune.seen import joined
 from kvtune.view import View as View
 
 SEARCH = "search"  # the value that opens a setting in a template
@@ -93,6 +91,29 @@ class Codec(Part):
         """How many tokens must be encoded together."""
         return 1
 
+    def shape(self, heads: int, head_dim: int) -> tuple[int, int]:
+        """Heads and channels of the body that it makes of so many; ValueError when it cannot."""
+        return heads, head_dim
+
+    @property
+    def apart(self) -> bool:
+        """Whether each kv head is stored alone, so that heads of a layer may differ."""
+        return True
+
+    def least(self, heads: int, head_dim: int) -> int:
+        """How many tokens there must be before any is stored: see `learn`."""
+        return 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether it finds tensors in the first tokens of each row."""
+        return False
+
+    def learn(self, x: Tensor, site: Site) -> dict[str, Tensor]:
+        """Finds tensors [B, ...] of the first tokens x [B, H, T, D] of each row, which are kept
+        beside its pages and stand in the site as "METHOD.NAME"; none by default."""
+        return {}
+
     def format(self, head_dim: int) -> Format | None:
         """The format in which GPU kernels read what is stored; None when they cannot."""
         return None
@@ -117,6 +138,10 @@ class Codec(Part):
     def fit(self, seen: Seen) -> dict[str, Tensor]:
         """Finds the tensors of `blanks` from what calibration saw."""
         return {}
+
+    def behind(self, seen: Seen, site: Site) -> Seen:
+        """What a codec after this one sees; `site` holds what this one's `fit` found."""
+        return seen.behind(self.fold(site, *seen.mean.shape)) if self.linear else seen
 
     @abstractmethod
     def encode(self, x: Tensor, site: Site) -> Code:
@@ -161,17 +186,47 @@ class Merger(Part):
 
 
 class Sharer(Part):
-    """Stores several layers together."""
+    """Stores the same side of neighbouring layers together, in one body [B, H, T, C].
+
+    `block` tokens are folded together, when the last layer of a group has seen them.
+    """
 
     kind = "sharer"
+    layers: Annotated[int, OneOf((1, 2, 4, 8))] = 4
+    block: Annotated[int, OneOf((64, 128, 256))] = 64
 
     @abstractmethod
-    def fold(self, layers: tuple[Tensor, ...], site: Site) -> Code:
-        """Encodes the same side [B, H, T, D] of several layers at once."""
+    def shape(self, side: str, layers: int, heads: int, head_dim: int) -> tuple[int, int]:
+        """Heads and channels of the body of so many layers; ValueError when it cannot be."""
+
+    @abstractmethod
+    def part(self, side: str) -> float:
+        """Values of the body per value of the layers of a whole group."""
+
+    def least(self, layers: int, heads: int, head_dim: int) -> int:
+        """How many tokens there must be before any is stored: see `learn`."""
+        return 0
+
+    def learn(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> dict[str, Tensor]:
+        """Finds tensors [B, ...] of the first tokens [B, H, T, D] of each layer, which are kept
+        beside the body and stand in every layer's site as "METHOD.NAME"; none by default."""
+        return {}
+
+    @abstractmethod
+    def fold(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> Code:
+        """Encodes the same side [B, H, T, D] of several layers at once. What stands beside the
+        body grows along axis 2 too, at a pace of its own."""
 
     @abstractmethod
     def unfold(self, code: Code, index: int, site: Site) -> Tensor:
-        """Returns the index-th layer [B, H, T, D]."""
+        """Returns the index-th layer [B, H, T, D], in `site.dtype`."""
+
+
+class Borrower(Part):
+    """Stores nothing of a layer: its queries read the cache of another one."""
+
+    kind = "borrower"
+    layer: Annotated[int, Field(ge=0, le=9999)] = 0  # the owner
 
 
 class Retriever(Part):
@@ -182,94 +237,6 @@ class Retriever(Part):
     @abstractmethod
     def fetch(self, queries: Tensor, digest: Tensor) -> Tensor:
         """Returns units [B, H, U] to fetch of queries [B, Hq, M, D] by digests [B, H, N, *]."""
-
-
-class Encoded(NamedTuple):
-    """What a chain stores: the last body and each codec's metadata."""
-
-    body: Tensor
-    sides: tuple[tuple[Tensor, ...], ...]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Codecs, left to right; decoding runs right to left. An empty chain keeps what it is given."""
-
-    codecs: tuple[Codec, ...] = ()
-
-    @property
-    def block(self) -> int:
-        """The tokens that all codecs must see together."""
-        return math.lcm(*(codec.block for codec in self.codecs))
-
-    @property
-    def payload_bits(self) -> float:
-        """Code bits per cached value, metadata and windows not counted."""
-        return min((codec.payload_bits for codec in self.codecs), default=16.0)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the codecs need of their site."""
-        return frozenset[str]().union(*(codec.needs for codec in self.codecs))
-
-    def format(self, head_dim: int) -> Format | None:
-        """As that of the last codec, where all before it are linear, so that kernels fold them."""
-        if not self.codecs or not all(codec.linear for codec in self.codecs[:-1]):
-            return None
-        return self.codecs[-1].format(head_dim)
-
-    def fold(self, site: Site, heads: int, head_dim: int) -> Fold | None:
-        """The linear codecs before the last one as one map; None without any."""
-        found = None
-        for codec in self.codecs[:-1]:
-            own = codec.fold(site, heads, head_dim)
-            found = own if found is None else joined(found, own)
-        return found
-
-    def planes(self, site: Site) -> Tensor | None:
-        """As those of the last codec."""
-        return self.codecs[-1].planes(site) if self.codecs else None
-
-    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
-        """The fitted tensors of all codecs without data, named "METHOD.NAME"."""
-        return {
-            f"{codec.name()}.{name}": x
-            for codec in self.codecs
-            for name, x in codec.blanks(heads, head_dim).items()
-        }
-
-    def encode(self, x: Tensor, site: Site) -> Encoded:
-        """Encodes x [B, H, T, D]; T is a multiple of `block`."""
-        sides, dtype = [], x.dtype
-        for codec in self.codecs:
-            x, side = codec.encode(x, site)
-            sides.append(side)
-        return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))
-
-    def decode(self, code: Encoded, site: Site) -> Tensor:
-        """Returns [B, H, T, D]."""
-        x = code.body
-        for codec, side in zip(reversed(self.codecs), reversed(code.sides), strict=True):
-            x = codec.decode(Code(x, side), site)
-        return x
-
-    def check(self, head_dim: int, side: str) -> None:
-        """Raises ValueError when a codec does not fit, or stands where it cannot."""
-        for index, codec in enumerate(self.codecs):
-            codec.check(head_dim, side)
-            if isinstance(codec, Quantizer) and index < len(self.codecs) - 1:
-                after = self.codecs[index + 1].name()
-                raise ValueError(
-                    f"{codec.name()} packs bytes, so {after} cannot follow it: "
-                    f"put {codec.name()} last"
-                )
-
-    def tables(self) -> list[Table]:
-        """The TOML tables of the codecs."""
-        return [codec.table() for codec in self.codecs]
-
-    def __str__(self) -> str:
-        return " > ".join(map(str, self.codecs)) or "16-bit"
 
 
 def names() -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from pydantic import PlainSerializer as Serializer
 from pydantic import model_validator
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.entries import DROP, HeadEntry
 from kvtune.entries import LayerPolicy as LayerPolicy
 from kvtune.entries import Record as Record
 from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
-from kvtune.parts import Chain, Selector
+from kvtune.parts import Borrower, Selector, Sharer
 from kvtune.spans import resolve, write
 from kvtune.splits import Split, smallest
 
@@ -38,6 +39,7 @@ class Policy(Record):
     `heads` is empty when all kv heads are alike. Otherwise it holds every kv head once, equal ones
     together, and `keys` and `values` are those of the largest group. With `select`, `keys` and
     `values` store the tokens that win, and `rest` the others; without `rest` these are dropped.
+    With a sharer, `keys` and `values` store the body that layers share; with a borrower, nothing.
     """
 
     sinks: int = 0
@@ -47,6 +49,8 @@ class Policy(Record):
     heads: tuple[HeadGroup, ...] = ()
     select: Annotated[Selector, Serializer(str)] | None = None
     rest: tuple[Written, Written] | None = None  # keys and values
+    share: Annotated[Sharer | Borrower, Serializer(str)] | None = None
+    least: int = 0  # tokens that a basis is learned of; before that many are due, none is paged
 
     @classmethod
     def by_head(cls, sinks: int, recent: int, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
@@ -66,13 +70,17 @@ class Policy(Record):
             raise ValueError("the heads of a policy are all kv heads, each once")
         if (self.select is None and self.rest) or (self.select and self.heads):
             raise ValueError("a rest has a selector, and a selector treats all heads alike")
+        if self.share and (self.select or self.heads):
+            raise ValueError("layers that share treat tokens and heads alike")
+        if self.heads and not all(chain.apart for chain in self.chains):
+            raise ValueError("a codec that stores heads together treats all heads alike")
         return self
 
     def parts(self) -> tuple[tuple[tuple[int, ...], Policy], ...]:
         """Each group of kv heads with the policy that it alone follows."""
+        ends: dict[str, Any] = {name: getattr(self, name) for name in ("sinks", "recent", "least")}
         return tuple(
-            (heads, Policy(sinks=self.sinks, recent=self.recent, keys=keys, values=values))
-            for heads, keys, values in self.heads
+            (heads, Policy(**ends, keys=keys, values=values)) for heads, keys, values in self.heads
         )
 
     @property
@@ -92,14 +100,29 @@ class Policy(Record):
         return (*self.pairs, *((self.rest,) if self.rest else ()))
 
     @property
+    def sharer(self) -> Sharer | None:
+        """What stores the layer together with its neighbours."""
+        return self.share if isinstance(self.share, Sharer) else None
+
+    @property
+    def borrower(self) -> Borrower | None:
+        """What says that the layer reads another's cache."""
+        return self.share if isinstance(self.share, Borrower) else None
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the parts need of the layer and its sites."""
-        own = self.select.needs if self.select else frozenset[str]()
-        return own.union(*(chain.needs for chain in self.chains))
+        parts = [part for part in (self.select, self.share) if part]
+        return frozenset[str]().union(*(part.needs for part in (*parts, *self.chains)))
 
     @property
     def payload_bits(self) -> float:
         """Mean code bits per cached value, metadata and windows not counted."""
+        if self.borrower:
+            return 0.0
+        if self.sharer:
+            sides = (("keys", self.keys), ("values", self.values))
+            return sum(self.sharer.part(side) * chain.payload_bits for side, chain in sides) / 2
         found = _mean_bits(chain for pair in self.pairs for chain in pair)
         if (split := self.split) is None:
             return found
@@ -116,12 +139,15 @@ class Policy(Record):
     @property
     def block(self) -> int:
         """Tokens that move into the tiers together; of heads that differ, where all have moved."""
-        return self.split.block if self.split else _blocks(self.chains)
+        if self.split:
+            return self.split.block
+        return math.lcm(_blocks(self.chains), self.sharer.block if self.sharer else 1)
 
     @property
     def is_dense(self) -> bool:
         """True when nothing is compressed."""
-        return self.select is None and not any(chain.codecs for chain in self.chains)
+        alone = self.select is None and self.share is None
+        return alone and not any(chain.codecs for chain in self.chains)
 
     @property
     def window(self) -> Window:
@@ -130,15 +156,30 @@ class Policy(Record):
 
     def due(self, seen: int) -> int:
         """How many tokens after the sinks have left the window once `seen` tokens are known."""
-        return self.window.due(seen)
+        due = self.window.due(seen)
+        return due if due >= self.least else 0
 
-    def check(self, head_dim: int, layer: int) -> None:
+    @property
+    def first(self) -> int:
+        """How many tokens are paged first where they come one by one."""
+        return max(1, -(-self.least // self.block)) * self.block
+
+    def of_shape(self, kv_heads: int, head_dim: int) -> Policy:
+        """The same policy of a layer of a shape, which what `learn`s wants so many tokens of.
+
+        Raises:
+            ValueError: a codec cannot take heads of this shape.
+        """
+        least = max(chain.least(kv_heads, head_dim) for chain in self.chains)
+        return self if least == self.least else self.model_copy(update={"least": least})
+
+    def check(self, kv_heads: int, head_dim: int, layer: int) -> None:
         """Raises UsageError when a chain does not fit heads of this size."""
         found = [("", pair) for pair in dict.fromkeys(self.pairs)]
         for tier, pair in (*found, *((("rest ", self.rest),) if self.rest else ())):
             for side, chain in zip(("keys", "values"), pair, strict=True):
                 try:
-                    chain.check(head_dim, side)
+                    chain.check(kv_heads, head_dim, side)
                 except ValueError as error:
                     raise UsageError(f"layer {layer}, {tier}{side}: {error}.") from None
 
@@ -157,16 +198,24 @@ def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
 
     Raises:
         UsageError: heads that the layer does not have, or a head named twice; in a layer that
-        selects tokens, a codec that reads positions, or one that is fitted in both tiers.
+        selects tokens or shares, a codec that reads positions; one that is fitted in both tiers; a
+        layer that reads another's cache and stores something.
     """
     named = entry.heads if isinstance(entry.heads, tuple) else ()
     ((sinks, recent),) = entry.windows()
     if entry.select is not None:
         return _selecting(entry, where)
+    if entry.share is not None:
+        return _sharing(entry, where)
     if not named:
         keys, values = entry.kept.chains()
         return Policy(sinks=sinks, recent=recent, keys=keys, values=values)
     pairs = [*(own.kept.chains() for own in named), entry.kept.chains()]
+    if joint := [chain for pair in pairs for chain in pair if not chain.apart]:
+        raise UsageError(
+            f"{where}: {joint[0]} stores heads together, so heads cannot differ there.",
+            "Leave heads out of this layer.",
+        )
     try:
         owner = resolve([*(own.span for own in named), "rest"], kv_heads, "kv head")
     except UsageError as error:
@@ -183,6 +232,25 @@ def _selecting(entry: LayerPolicy, where: str) -> Policy:
     assert isinstance(select, Selector), "the entry was checked"
     made: dict[str, Any] = {"sinks": sinks, "recent": recent, "keys": keys, "values": values}
     return Policy(**made, select=select, rest=rest)
+
+
+def _sharing(entry: LayerPolicy, where: str) -> Policy:
+    ((sinks, recent),) = entry.windows()
+    keys, values = entry.kept.chains()
+    share = parts.parse(entry.share or {})
+    assert isinstance(share, Sharer | Borrower), "the entry was checked"
+    codecs = [*keys.codecs, *values.codecs]
+    if isinstance(share, Borrower) and (codecs or sinks or recent):
+        raise UsageError(
+            f"{where} reads the cache of layer {share.layer} and stores nothing.",
+            "Leave kept, sinks and recent out of this layer.",
+        )
+    if odd := [codec.name() for codec in codecs if "rope" in codec.needs]:
+        raise UsageError(
+            f"{where}: {odd[0]} turns keys by their positions, and what layers share is no key.",
+            f"Leave {odd[0]} out; a sharer turns keys back itself where it needs to.",
+        )
+    return Policy(sinks=sinks, recent=recent, keys=keys, values=values, share=share)
 
 
 def _check_tiers(kept: Sequence[Chain], rest: Sequence[Chain], where: str) -> None:
@@ -214,4 +282,6 @@ def to_entry(policy: Policy, span: str) -> LayerPolicy:
     if policy.select is not None:
         made["select"] = policy.select.table()
         made["rest"] = Tier.of(*policy.rest) if policy.rest else DROP
+    if policy.share is not None:
+        made["share"] = policy.share.table()
     return LayerPolicy(span=span, heads=heads, **made)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
 from kvtune.files import canonical_json
-from kvtune.parts import Chain
 from kvtune.space import Side
 from kvtune.tensors import Artifact
 
@@ -42,8 +42,9 @@ class Profile:
     prices [cells] and prices_by_head [cells, H] in nats; exact [cells] where `--exact` was asked;
     errors [layers, key settings, value settings, 4] are KVTuner's e_k, e_v, e_a, e_o;
     moments.{keys,values,queries} [L, H, D, D], means [L, H, D] and samples [L, H, n, D] of pre-RoPE
-    keys and queries and of values, cached.* as they are cached (see `moments`), moments.outputs and
-    moments.pulls of attention; mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    keys and queries and of values, joint.{keys,values} of all heads at once, cached.* as they are
+    cached (see `moments`), moments.outputs and moments.pulls of attention;
+    mass.{sinks,recent,entropy,coverage90} [L, Hq].
     """
 
     cells: tuple[Cell, ...]

@@ -16,12 +16,13 @@ from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
-from kvtune.parts import ANY, OPTIONAL, SEARCH, Codec, Selector
+from kvtune.parts import ANY, OPTIONAL, SEARCH, Borrower, Codec, Part, Selector, Sharer
 from kvtune.policy import LayerPolicy as LayerPolicy
 from kvtune.policy import Policy as Policy
 from kvtune.policy import Tier as Tier
 from kvtune.policy import to_entry as to_entry
 from kvtune.policy import to_policy
+from kvtune.sharing import settled
 from kvtune.spans import resolve
 
 FORMAT = 1
@@ -58,11 +59,11 @@ def _codecs_schema() -> dict[str, Any]:
     return {"type": "array", "items": {"oneOf": [*branches, either]}}
 
 
-def _selectors_schema() -> dict[str, Any]:
-    """JSON Schema of a selector's table."""
+def _kinds_schema(*kinds: type[Part]) -> dict[str, Any]:
+    """JSON Schema of the closed table of a part of some kinds."""
     branches = []
     for cls in (parts.find(name) for name in parts.names()):
-        if issubclass(cls, Selector):
+        if issubclass(cls, kinds):
             branch = cls.model_json_schema()
             branch["properties"] = {"use": {"const": cls.name()}, **branch.get("properties", {})}
             branches.append({**branch, "required": ["use"]})
@@ -120,9 +121,12 @@ class Recipe(Record):
         owner = resolve([policy.span for policy in self.layers], len(known.layers))
         made = [Policy()] * len(known.layers)
         for i in known.compressible():
-            made[i] = to_policy(self.layers[owner[i]], known.layers[i].kv_heads, f"layer {i}")
-            made[i].check(known.layers[i].head_dim, i)
-        return tuple(made)
+            shape = known.layers[i].kv_heads, known.layers[i].head_dim
+            made[i] = to_policy(self.layers[owner[i]], shape[0], f"layer {i}")
+            if made[i].share is None:
+                made[i].check(*shape, i)
+                made[i] = made[i].of_shape(*shape)
+        return settled(made, known.layers)
 
     def dumps(self) -> str:
         """Returns the TOML text."""
@@ -185,8 +189,11 @@ def schema() -> dict[str, Any]:
     definitions["Codecs"] = _codecs_schema()
     for side in ("keys", "values"):
         definitions["Tier"]["properties"][side] = {"$ref": "#/$defs/Codecs"}
-    definitions["Selectors"] = _selectors_schema()
-    definitions["LayerPolicy"]["properties"]["select"] = {"$ref": "#/$defs/Selectors"}
+    properties = definitions["LayerPolicy"]["properties"]
+    for key, kinds in (("select", (Selector,)), ("share", (Sharer, Borrower))):
+        name = f"{key.capitalize()}s"
+        definitions[name] = _kinds_schema(*kinds)
+        properties[key] = {"$ref": f"#/$defs/{name}"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 

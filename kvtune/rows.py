@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kvtune_kernels import Window, attend
+from kvtune_kernels import attend
 from torch import Tensor
 
 from kvtune.attention import causal
+from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError
 from kvtune.pages import MakeSite, Pages
-from kvtune.parts import Chain
 from kvtune.policy import Policy
 
 
@@ -25,9 +25,8 @@ class Side(NamedTuple):
     recent: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, chain: Chain, make_site: MakeSite, window: Window) -> Side:
-        """Stores x [B, H, T, D], of which nothing is kept alive."""
-        sinks, due = window.sinks, window.due(x.shape[2])
+    def of(cls, x: Tensor, chain: Chain, make_site: MakeSite, sinks: int, due: int) -> Side:
+        """Stores x [B, H, T, D], of which nothing is kept alive; `due` tokens are paged."""
         pages = Pages(chain, make_site, sinks)
         pages.append(x[:, :, sinks : sinks + due])
         # clones own just their bytes; a prompt's keys may be views of more
@@ -39,6 +38,15 @@ class Side(NamedTuple):
         """Bytes held: metadata, sinks and window included."""
         exact = (self.recent,) if self.sinks is None else (self.sinks, self.recent)
         return self.pages.nbytes + sum(x.untyped_storage().nbytes() for x in exact)
+
+
+class Taken(NamedTuple):
+    """New tokens whose queries are not all answered yet."""
+
+    start: int  # paged tokens before them
+    keys: Tensor  # [B, H, n, D]
+    values: Tensor
+    first: bool  # whether they are the prompt
 
 
 class Rows:
@@ -61,6 +69,7 @@ class Rows:
         self.values = Pages(policy.values, sites[1], policy.sinks)
         self._sinks: tuple[Tensor, Tensor] | None = None
         self._recent: tuple[Tensor, Tensor] | None = None
+        self._taken: Taken | None = None
 
     def attend(
         self,
@@ -72,28 +81,44 @@ class Rows:
     ) -> Tensor:
         """Adds keys and values [B, H, n, D] and answers their
         queries [B, Hq, n, D]; then frees what has left."""
-        first, start = self.seen == 0, self.keys.tokens
+        self.take(keys, values)
+        out = self.answer(query, scale, softcap)
+        self.settle()
+        return out
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Adds keys and values [B, H, n, D], which may be asked for from now on."""
+        start = self.keys.tokens
+        self._taken = Taken(start, keys, values, self.seen == 0)
         self._extend(keys, values)
+        if not self._taken.first:
+            self._page(start)
+
+    def answer(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+        """Answers the queries [B, Hq, n, D] of the tokens that were taken last."""
+        assert self._taken is not None, "answer follows take"
+        start, keys, values, first = self._taken
         if first:
             count = keys.shape[2]
             mask = causal(count, count, keys.device) if count > 1 else None
-            out = attend(query, keys, values, mask, scale, softcap)
-        else:
-            # what the last query reads from pages; after a crop they may hold more than that
-            # already
-            self._encode(start, max(start, self.policy.due(self.seen - 1)))
-            all_keys, all_values = self.read(query.dtype)
-            out = attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
-        self._settle(start)
-        return out
+            return attend(query, keys, values, mask, scale, softcap)
+        all_keys, all_values = self.read(query.dtype)
+        return attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
+
+    def settle(self) -> None:
+        """Frees what has left the window, when all queries are answered."""
+        assert self._taken is not None, "settle follows take"
+        start, keys, _, _ = self._taken
+        self._taken = None
+        self._settle(start, keys.shape[2])
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes a context [B, H, T, D] that was computed densely,
         as a prompt's forward would leave it."""
-        window = self.policy.window
+        ends = self.policy.sinks, self.policy.due(keys.shape[2])
         self.hold(
-            Side.of(keys, self.policy.keys, self._sites[0], window),
-            Side.of(values, self.policy.values, self._sites[1], window),
+            Side.of(keys, self.policy.keys, self._sites[0], *ends),
+            Side.of(values, self.policy.values, self._sites[1], *ends),
             keys.shape[2],
         )
 
@@ -144,10 +169,10 @@ class Rows:
 
     def fork(self) -> Rows:
         """A copy-on-write twin: what happens to it leaves this one as it is."""
-        twin = Rows.__new__(Rows)
+        twin = type(self).__new__(type(self))
         twin.policy, twin.seen, twin._sites = self.policy, self.seen, self._sites
         twin.keys, twin.values = self.keys.fork(), self.values.fork()
-        twin._sinks, twin._recent = self._sinks, self._recent
+        twin._sinks, twin._recent, twin._taken = self._sinks, self._recent, None
         return twin
 
     @property
@@ -174,10 +199,24 @@ class Rows:
         for pages, x in zip((self.keys, self.values), self._recent, strict=True):
             pages.append(x[:, :, pages.tokens - start : due - start])
 
-    def _settle(self, start: int) -> None:
+    def _page(self, start: int) -> None:
+        """Pages what the last query reads from pages; after a crop they may hold more already."""
+        self._encode_on(start, max(start, self.policy.due(self.seen - 1)))
+
+    def _encode_on(self, start: int, due: int) -> None:
+        """The same behind the prompt: what is learned of the first tokens is learned of as many as
+        token by token, however many come at once."""
+        if self.keys.tokens == 0 and due > (first := self.policy.first) > 0:
+            self._encode(start, first)
+        self._encode(start, due)
+
+    def _settle(self, start: int, incoming: int) -> None:
         """Moves what has left the recent window into pages, and frees it."""
         due = max(start, self.policy.due(self.seen))
-        self._encode(start, due)
+        if self.seen == incoming:
+            self._encode(start, due)
+        else:
+            self._encode_on(start, due)
         if (
             due > start or start == 0
         ):  # clones own just their bytes; a prompt's keys may be views of more

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.cache import Weight, weigh
+from kvtune.chains import Chain
 from kvtune.commons import shared as shared_by_workers
 from kvtune.errors import ResourceError
 from kvtune.files import canonical_json, sha256_bytes
@@ -16,7 +17,6 @@ from kvtune.growth import Growth, Reading
 from kvtune.halving import promoted
 from kvtune.layout import Base, Layout, View, shared
 from kvtune.measure import Bench, Quality
-from kvtune.parts import Chain
 from kvtune.profile import Profile
 from kvtune.recipe import Policy
 from kvtune.space import SIDES, Choices, Side

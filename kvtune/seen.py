@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvtune.errors import IntegrityError
+
 
 class Fold(NamedTuple):
     """A linear map of each kv head, which kernels can take out of their loops.
@@ -38,6 +40,38 @@ class Seen:
     read: Tensor  # [H, D, D], second moment of what reads this side: queries, or attention's output
     readers: Tensor  # [H, m, D], some of those
     is_keys: bool = True
+    together: Tensor | None = None  # [H * D, H * D], the covariance of all heads at once
+
+    def grouped(self, size: int) -> Seen:
+        """The same of neighbouring heads as one, `size` of them: [H / size, size * D].
+
+        What reads a head reads no other, so weights and readers are blocks.
+
+        Raises:
+            IntegrityError: the profile lacks what heads have in common.
+        """
+        heads, dim = self.mean.shape
+        if size == 1:
+            return self
+        if self.together is None:
+            raise IntegrityError(
+                "The profile lacks the moments of heads together, which a basis of several heads "
+                "is found in: of keys they are known before RoPE only, and up to 1,024 channels.",
+                "Put derope before it, write heads = 1, or run: kvtune calibrate MODEL",
+            )
+        groups, width = heads // size, size * dim
+        blocks = self.together.unflatten(0, (groups, width)).unflatten(2, (groups, width))
+        own = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
+        return Seen(
+            self.mean.reshape(groups, width),
+            own,
+            _blocks(self.weight, size),
+            self.sample.unflatten(0, (groups, size)).transpose(1, 2).flatten(2),
+            _blocks(self.read, size),
+            _apart(self.readers, size),
+            self.is_keys,
+            self.together,
+        )
 
     def behind(self, fold: Fold) -> Seen:
         """The same as a codec after a linear one sees it."""
@@ -51,7 +85,26 @@ class Seen:
             other.transpose(-1, -2) @ self.read @ other,
             self.readers.double() @ other,
             self.is_keys,
+            None if self.together is None else _turned(self.together, turn),
         )
+
+
+def _blocks(own: Tensor, size: int) -> Tensor:
+    """[H, D, D] as the blocks of [H / size, size * D, size * D]."""
+    groups = own.unflatten(0, (-1, size))
+    return torch.stack([torch.block_diag(*group) for group in groups])
+
+
+def _apart(own: Tensor, size: int) -> Tensor:
+    """[H, m, D] as [H / size, size * m, size * D]: each row in the channels of its own head."""
+    groups = own.unflatten(0, (-1, size))
+    return torch.stack([torch.block_diag(*group) for group in groups])
+
+
+def _turned(together: Tensor, turn: Tensor) -> Tensor:
+    whole = torch.block_diag(*turn)
+    turned: Tensor = whole.T @ together @ whole
+    return turned
 
 
 def joined(first: Fold, then: Fold) -> Fold:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.models import Facts
-from kvtune.parts import Chain, Codec
+from kvtune.parts import Codec
 from kvtune.policy import LayerPolicy, Policy, to_entry
 from kvtune.recipe import Recipe
 from kvtune.spans import resolve, write
@@ -30,6 +31,7 @@ class Opened:
     keys: tuple[Chain, ...]
     values: tuple[Chain, ...]
     per_head: bool = False  # kv heads may differ
+    shape: tuple[int, int] = (1, 1)  # kv heads and head_dim
 
     def chains(self, side: Side) -> tuple[Chain, ...]:
         """The choices of one side."""
@@ -37,11 +39,12 @@ class Opened:
 
     def policy(self, keys: Chain, values: Chain) -> Policy:
         """The layer's policy under two choices."""
-        return Policy(sinks=self.sinks, recent=self.recent, keys=keys, values=values)
+        made = Policy(sinks=self.sinks, recent=self.recent, keys=keys, values=values)
+        return made.of_shape(*self.shape)
 
     def policy_by_head(self, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
         """The layer's policy where each kv head has its own keys and values."""
-        return Policy.by_head(self.sinks, self.recent, heads)
+        return Policy.by_head(self.sinks, self.recent, heads).of_shape(*self.shape)
 
     def cell(self, side: Side, chain: Chain) -> Policy:
         """The layer's policy with one side compressed and the other dense."""
@@ -80,12 +83,24 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
             f"Layers {selecting[0]} select tokens in a template, which searches codecs only.",
             "Leave select out there, or measure such recipes with `kvtune bench tiers`.",
         )
+    if sharing := [own.span for own in template.layers if own.share is not None]:
+        raise UsageError(
+            f"Layers {sharing[0]} share their cache in a template, which searches layers apart.",
+            "Leave share out there, or compare such recipes with `kvtune bench sharing`.",
+        )
     owner = resolve([policy.span for policy in template.layers], len(known.layers))
     layers = {i: template.layers[owner[i]] for i in known.compressible()}
+    shapes = {i: (known.layers[i].kv_heads, known.layers[i].head_dim) for i in layers}
     sides = {
-        i: [_fitting(tables, known.layers[i].head_dim, side, i) for side, tables in _tables(policy)]
+        i: [_fitting(tables, shapes[i], side, i) for side, tables in _tables(policy)]
         for i, policy in layers.items()
     }
+    for i, policy in layers.items():
+        if policy.per_head and (joint := [c for own in sides[i] for c in own if not c.apart]):
+            raise UsageError(
+                f"Layer {i} opens its heads and {joint[0]}, which stores heads together.",
+                'Leave heads = "search" out there.',
+            )
     opens = list(dict.fromkeys(policy.windows() for policy in layers.values()))
     found = {}
     for windows in itertools.product(*opens):
@@ -96,6 +111,7 @@ def opened(template: Recipe, known: Facts) -> dict[str, Choices]:
                 keys=sides[i][0],
                 values=sides[i][1],
                 per_head=policy.per_head,
+                shape=shapes[i],
             )
             for i, policy in layers.items()
         }
@@ -115,14 +131,14 @@ def _window_name(
 
 
 def _fitting(
-    tables: Sequence[dict[str, Any]], head_dim: int, side: Side, layer: int
+    tables: Sequence[dict[str, Any]], shape: tuple[int, int], side: Side, layer: int
 ) -> tuple[Chain, ...]:
     fits, reason = [], ""
     for own in _alternatives(tables):
         for codecs in itertools.product(*(list(parts.choices(table)) for table in own)):
             chain = Chain(tuple(codec for codec in codecs if isinstance(codec, Codec)))
             try:
-                chain.check(head_dim, side)
+                chain.check(*shape, side)
             except ValueError as error:
                 reason = str(error)
             else:

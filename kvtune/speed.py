@@ -10,9 +10,9 @@ import torch
 
 from kvtune.bench import latency
 from kvtune.bench.clock import device_name
+from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError, UsageError
 from kvtune.models import Facts
-from kvtune.parts import Chain
 from kvtune.recipe import Policy
 from kvtune.space import SIDES, Choices
 

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from kvtune.cache import fitted_bytes, layer_bytes
+from kvtune.chains import Chain
 from kvtune.growth import Growth
 from kvtune.models import Facts
-from kvtune.parts import Chain
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy
 from kvtune.space import SIDES, Choices, Opened, Side

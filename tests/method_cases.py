@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtune import parts
 from kvtune.parts import Codec, Part, Seen, legal_values
 
+HEADS = 4
 HEAD_DIMS = (128, 64, 256, 16)
 MOST = 64  # settings in full product; a method with more is varied one setting at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,17 +68,19 @@ def fitted(codec: Codec) -> dict[str, Tensor]:
 def seen(dim: int, side: str) -> Seen:
     """Returns what calibration sees of `draw`, and of readers with scales of their own."""
     x = drawn(dim, 256).double()[0]  # [H, n, D]
-    reads = torch.randn(3, 256, dim, generator=torch.Generator().manual_seed(1)).double()
+    reads = torch.randn(HEADS, 256, dim, generator=torch.Generator().manual_seed(1)).double()
     reads = reads * torch.linspace(0.2, 3, dim).double()
     mean = x.mean(1)
     moment = reads.transpose(1, 2) @ reads / 256
     centred = x - mean[:, None]
     covariance = centred.transpose(1, 2) @ centred / 256
-    return Seen(mean, covariance, moment, x, moment, reads, side == "keys")
+    flat = centred.transpose(0, 1).flatten(1)
+    together = flat.T @ flat / 256
+    return Seen(mean, covariance, moment, x, moment, reads, side == "keys", together)
 
 
 def draw(codec: Codec, tokens: int, seed: int = 0) -> Tensor:
-    """Returns values [2, 3, T, D] whose channels have scales and offsets of their own."""
+    """Returns values [2, 4, T, D] whose channels have scales and offsets of their own."""
     found = home(codec)
     assert found is not None
     return drawn(found[0], tokens, seed)
@@ -85,5 +88,5 @@ def draw(codec: Codec, tokens: int, seed: int = 0) -> Tensor:
 
 def drawn(dim: int, tokens: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    spread, offset = torch.randn(2, 1, 3, 1, dim, generator=generator)
-    return torch.randn(2, 3, tokens, dim, generator=generator) * spread.exp() + 4 * offset
+    spread, offset = torch.randn(2, 1, HEADS, 1, dim, generator=generator)
+    return torch.randn(2, HEADS, tokens, dim, generator=generator) * spread.exp() + 4 * offset

@@ -84,7 +84,7 @@ def test_every_composition_is_legal_and_named_once(settled: list[Row]) -> None:
     names = [(row.family, row.without) for row in settled]
     assert len(set(names)) == len(names) == sum(1 + len(own.changes) for own in FAMILIES)
     for row in settled:
-        row.policy.check(64, 0)
+        row.policy.check(3, 64, 0)
         for chain, words in zip((row.policy.keys, row.policy.values), row.sides, strict=True):
             assert not words or list(choices(words)) == [chain]
 

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from kvtune.budgets import Budgets, by_time
+from kvtune.chains import Chain
 from kvtune.growth import Growth
 from kvtune.methods.affine import Affine
-from kvtune.parts import Chain
 from kvtune.space import SIDES
 from kvtune.surrogate import Place, Rung, Surrogate, by_bytes
 

@@ -32,9 +32,9 @@ def layers(cache: Any) -> list[CompressedLayer]:
 def prompt_of(cache: Any) -> int:
     """Returns a prompt's length after which every layer closes a page within MORE tokens."""
     held = [
-        (layer.policy.sinks + layer.policy.recent, layer.policy.block) for layer in layers(cache)
+        (layer.policy.sinks + layer.policy.recent, layer.policy.first) for layer in layers(cache)
     ]
-    return max([43, *(window + block - 20 for window, block in held)])
+    return max([43, *(window + first - 20 for window, first in held)])
 
 
 def stored(layer: CompressedLayer) -> Iterator[tuple[str, Tensor]]:
@@ -225,14 +225,15 @@ def test_each_token_is_encoded_once_at_its_true_index(
     expected: Counter[tuple[int, str, str, int]] = Counter()
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, CompressedLayer):
-            every = tuple(range(facts(model.config).layers[index].kv_heads))
+            known = facts(model.config).layers[index]
+            every, dim = tuple(range(known.kv_heads)), known.head_dim
             for heads, chains, length in paged(layer.policy, every, count):
                 assert length > 0
                 first = layer.policy.sinks  # of a tier to which tokens are selected: its places
                 for side, chain in zip(("keys", "values"), chains, strict=True):
-                    for codec in chain.codecs:
+                    for codec, shape in chain.shapes(len(heads), dim):
                         for position in range(first, first + length):
-                            expected[index, side, codec.name(), position] += len(heads)
+                            expected[index, side, codec.name(), position] += shape[0]
     assert encoded == expected
 
 

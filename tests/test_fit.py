@@ -13,12 +13,13 @@ from torch import Tensor
 from kvtune import fit, parts
 from kvtune import recipe as recipes
 from kvtune.cache import fitted_bytes, load, weigh
+from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
 from kvtune.files import sha256
 from kvtune.fit import Fitter
 from kvtune.fitted import blanks
 from kvtune.models import facts, fingerprint
-from kvtune.parts import Chain, Site
+from kvtune.parts import Site
 from kvtune.policy import Policy
 from kvtune.profile import Profile
 

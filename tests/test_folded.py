@@ -11,9 +11,10 @@ from kvtune_kernels import Workspace, implementation
 from torch import Tensor
 
 from kvtune.cache import sites
+from kvtune.chains import Chain
 from kvtune.folded import Folded
 from kvtune.fused import FusedRows, serves
-from kvtune.parts import Chain, Codec, Seen, Site, parse
+from kvtune.parts import Codec, Seen, Site, parse
 from kvtune.policy import Policy
 from kvtune.rows import Rows
 

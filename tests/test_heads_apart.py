@@ -11,11 +11,11 @@ from torch import Tensor
 from kvtune import layer as layers
 from kvtune import parts
 from kvtune.cache import CompressedCache, layer_bytes, load, sites, weigh
+from kvtune.chains import Chain
 from kvtune.errors import IntegrityError, UnsupportedError
 from kvtune.heads import HeadedLayer, _places, make_layer, picked
 from kvtune.layer import CompressedLayer
 from kvtune.models import facts
-from kvtune.parts import Chain
 from kvtune.policy import Policy, to_entry
 from kvtune.recipe import Recipe, loads
 

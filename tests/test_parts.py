@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.marks import Between, OneOf
-from kvtune.parts import Chain, Code, Codec, Part, Site
+from kvtune.parts import Code, Codec, Part, Site
 
 
 class Sample(Codec):
@@ -161,9 +162,9 @@ def test_a_chain_moves_blocks_that_suit_all_its_codecs() -> None:
 
 def test_nothing_follows_a_quantizer() -> None:
     quantizer = affine(group="head")
-    Chain((parts.parse({"use": "derope"}), quantizer)).check(64, "keys")
+    Chain((parts.parse({"use": "derope"}), quantizer)).check(3, 64, "keys")
     with pytest.raises(ValueError, match="derope cannot follow it: put affine last"):
-        Chain((quantizer, parts.parse({"use": "derope"}))).check(64, "keys")
+        Chain((quantizer, parts.parse({"use": "derope"}))).check(3, 64, "keys")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 
 from kvtune import parts
 from kvtune.bench import latency
-from kvtune.parts import Chain, Codec
+from kvtune.chains import Chain
+from kvtune.parts import Codec
 from kvtune.reading import reading, readings
 
 KNOWN = {

@@ -8,12 +8,12 @@ import torch
 from kvtune_kernels import Format
 
 from kvtune.bench import latency
+from kvtune.chains import Chain
 from kvtune.errors import MissingInputError, UnsupportedError, UsageError
 from kvtune.goal import Bounds, Goal
 from kvtune.methods.affine import Affine
 from kvtune.methods.derope import Derope
 from kvtune.models import Facts, LayerFacts
-from kvtune.parts import Chain
 from kvtune.recipe import Policy
 from kvtune.space import Opened
 from kvtune.speed import Speed, open_table, timed

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError
 from kvtune.fitted import sites
-from kvtune.parts import Chain, find
+from kvtune.parts import find
 from kvtune.policy import Policy
 from kvtune.rows import Rows
 from kvtune.tiers import Tiers

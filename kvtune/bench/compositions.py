@@ -9,9 +9,10 @@ from typing import Any
 
 from kvtune import parts
 from kvtune.cache import Weight, weigh
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.models import Facts
-from kvtune.parts import SEARCH, Chain, Codec
+from kvtune.parts import SEARCH, Codec
 from kvtune.policy import Policy
 
 SINKS, RECENT = 4, 64
@@ -189,7 +190,8 @@ def _closed(change: Change, side: str, known: Facts) -> Policy:
     chain = next(choices(getattr(change, side)))
     first = known.compressible()[0]
     policy = _policy(change, {side: chain})
-    policy.check(known.layers[first].head_dim, first)
+    shape = known.layers[first].kv_heads, known.layers[first].head_dim
+    policy.check(*shape, first)
     return policy
 
 
@@ -226,7 +228,8 @@ def fits(chain: Chain, side: str, known: Facts) -> bool:
     """Whether a chain fits this side of every layer that can be compressed."""
     try:
         for layer in known.compressible():
-            chain.check(known.layers[layer].head_dim, side)
+            own = known.layers[layer]
+            chain.check(own.kv_heads, own.head_dim, side)
     except ValueError:
         return False
     return True

@@ -15,10 +15,10 @@ from kvtune.bank import Bank
 from kvtune.bench.compositions import choices, fits, spelled
 from kvtune.cache import resolved, weigh
 from kvtune.calibrate import Say, find_ropes, quiet
+from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.measure import Bench
 from kvtune.models import Facts
-from kvtune.parts import Chain
 from kvtune.policy import Policy
 
 WINDOW = 128  # tokens: what a recipe may keep exact and still be compared by its codes

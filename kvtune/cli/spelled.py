@@ -33,6 +33,9 @@ def _side(entry: LayerPolicy, side: str) -> str:
     if entry.select is not None:
         fate = chain(getattr(entry.rest, side)) if isinstance(entry.rest, Tier) else "dropped"
         return f"{told} where {_codec(entry.select)}, rest {fate}"
+    if entry.share is not None:
+        codecs = getattr(entry.kept, side)
+        return " > ".join([_codec(entry.share), *([told] if codecs else [])])
     if entry.heads == "search":
         return f"{told}, each head its own"
     others = [f"heads {one.span}: {chain(getattr(one.kept, side))}" for one in entry.heads]

@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvtune import spectral
 from kvtune.parts import Fold, Seen
 from kvtune.turns import Turn
-
-LEAST = 1e-4  # of the largest: directions that are read less are taken to be read this much
 
 
 class Klt(Turn):
@@ -33,7 +32,9 @@ class Klt(Turn):
 
     def fit(self, seen: Seen) -> dict[str, Tensor]:
         """Finds mean and basis."""
-        root = _root(seen.weight) if self.weight == "reads" else torch.eye(seen.mean.shape[1])
+        root = (
+            spectral.root(seen.weight) if self.weight == "reads" else torch.eye(seen.mean.shape[1])
+        )
         root = root.double().expand_as(seen.covariance)
         _, vectors = torch.linalg.eigh(root @ seen.covariance @ root)
         basis = root @ vectors.flip(-1)
@@ -45,10 +46,3 @@ class Klt(Turn):
         """As it is stored."""
         back = tensors["inverse"].transpose(-1, -2)
         return Fold(tensors["mean"], tensors["basis"], back)
-
-
-def _root(weight: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(weight)
-    values = values.clamp_min(values.amax(-1, keepdim=True).clamp_min(1e-30) * LEAST)
-    root: Tensor = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
-    return root

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from method_cases import fitted, home
+from method_cases import draw, fitted, home
 
 from kvtune.models import ropes
 from kvtune.parts import Codec, Site
@@ -34,6 +35,10 @@ def place(rope_of: Any) -> Any:
         assert found is not None
         rope = rope_of(found[0]) if "rope" in codec.needs else None
         side: Any = found[1]
-        return Site(0, side, torch.arange(5, 5 + tokens), dtype, rope, fitted(codec))
+        site = Site(0, side, torch.arange(5, 5 + tokens), dtype, rope, fitted(codec))
+        learned = codec.learn(draw(codec, 256).to(dtype), site)
+        return replace(
+            site, tensors={**site.tensors, **{f"{codec.name()}.{k}": x for k, x in learned.items()}}
+        )
 
     return make

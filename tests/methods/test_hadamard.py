@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvtune import parts
+from kvtune.chains import Chain
 from kvtune.methods.hadamard import Hadamard
 from kvtune.orthogonal import paley
-from kvtune.parts import Chain, Codec, Site
+from kvtune.parts import Codec, Site
 
 SIZES = (1, 2, 12, 16, 20, 24, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320)
 OTHER = (0, 3, 6, 10, 28, 36, 60, 72, 100, 112, 144, 200)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_cases import ALL, DTYPES
+from method_cases import ALL, DTYPES, HEADS
 
 from kvtune.parts import Selector, View
 from kvtune.view import received
@@ -28,7 +28,7 @@ def test_a_selector_scores_every_token_of_every_head(
     selector: Selector, dtype: torch.dtype
 ) -> None:
     score = selector.score(seen(dtype))
-    assert score.shape == (2, 3, 40)
+    assert score.shape == (2, HEADS, 40)
     assert score.dtype == torch.float32
     assert score.isfinite().all()
     assert torch.equal(score, selector.score(seen(dtype))), "it is repeatable"

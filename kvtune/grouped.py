@@ -1,0 +1,83 @@
+"""GroupedLayer: one layer's cache whose tokens are stored together with those of other layers."""
+
+from __future__ import annotations
+
+from kvtune_kernels import say_once
+from torch import Tensor
+
+from kvtune.attention import causal
+from kvtune.bonds import Bond, Member
+from kvtune.layer import CompressedLayer, Shared
+from kvtune.pages import MakeSite
+from kvtune.policy import Policy
+from kvtune.rows import Rows
+
+
+class GroupedRows(Rows):
+    """Rows whose pages are a part of what a group of layers stores.
+
+    What leaves the window joins when the last layer of the group has seen it, so a chunk reads
+    exactly what leaves the window within it: position alone decides when chunks end where blocks do
+    (`sharing.pieces`), as they do token by token.
+    """
+
+    keys: Member  # type: ignore[assignment]
+    values: Member  # type: ignore[assignment]
+
+    def __init__(
+        self, policy: Policy, sites: tuple[MakeSite, MakeSite], members: tuple[Member, Member]
+    ) -> None:
+        super().__init__(policy, sites)
+        self.keys, self.values = members
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would
+        leave it."""
+        self.take(keys, values)
+        self.settle()
+
+    def _page(self, start: int) -> None:
+        """Nothing is paged before it is read: other layers of the group have not seen it yet."""
+
+    def _mask(self, query: Tensor, start: int) -> Tensor | None:
+        count = query.shape[2]
+        return causal(count, self.seen, query.device) if count > 1 else None
+
+
+class GroupedLayer(CompressedLayer):
+    """A CompressedLayer that is the index-th of a bond."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        sites: tuple[MakeSite, MakeSite],
+        bond: Bond,
+        index: int,
+        shared: Shared | None = None,
+    ) -> None:
+        super().__init__(policy, sites, shared)
+        self._bond, self._index = bond, index
+
+    def fork(self) -> GroupedLayer:
+        """A copy-on-write twin, in a group with the twins of the other layers."""
+        twin = GroupedLayer(self.policy, self._sites, self._bond, self._index, self._shared)
+        self._hand_over(twin)
+        return twin
+
+    def _fuses(self, keys: Tensor) -> bool:
+        if keys.is_cuda:
+            say_once("Kernels read no layers that store together; they run in plain torch.")
+        return False
+
+    def _rows(self, pad: int) -> Rows:
+        return GroupedRows(self.policy, self._sites, self._bond.members(self._index, pad))
+
+
+def bonded(
+    policy: Policy,
+    sites: tuple[tuple[MakeSite, MakeSite], ...],
+    shared: Shared | None = None,
+) -> list[GroupedLayer]:
+    """Empty layers that store together under a policy, in order."""
+    bond = Bond(policy, sites)
+    return [GroupedLayer(policy, own, bond, i, shared) for i, own in enumerate(sites)]

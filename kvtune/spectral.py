@@ -1,0 +1,35 @@
+"""Spectra: the strongest directions of many vectors, from their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST = 1e-4  # of the largest: directions that are read less are taken to be read this much
+
+
+def gram(x: Tensor) -> Tensor:
+    """The sums of x x^T [*, w, w] over the tokens of x [*, T, w], in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    found: Tensor = wide.transpose(-1, -2) @ wide
+    return found
+
+
+def top(gram: Tensor, rank: int) -> Tensor:
+    """The `rank` strongest directions [*, w, rank] of a Gram matrix [*, w, w], strongest first:
+    orthonormal columns, so that x @ top is what a truncated SVD of x keeps (Eckart and Young)."""
+    if gram.is_meta:  # only shapes are asked for
+        return gram.new_empty(*gram.shape[:-1], rank)
+    _, vectors = torch.linalg.eigh(gram)
+    found: Tensor = vectors.flip(-1)[..., :rank]
+    # a direction's sign is anyone's: without a rule the last bit of a sum would move codes
+    largest = found.gather(-2, found.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -found, found)
+
+
+def root(weight: Tensor) -> Tensor:
+    """The symmetric root [*, D, D] of a weight [*, D, D], of full rank."""
+    values, vectors = torch.linalg.eigh(weight)
+    values = values.clamp_min(values.amax(-1, keepdim=True).clamp_min(1e-30) * LEAST)
+    found: Tensor = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
+    return found
