@@ -17,14 +17,14 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "errors haystack owners halving splits view",
+    "errors haystack owners halving splits subspace view",
     "allotting discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
     "lowrank",
-    "demo metrics parts runs sampling shipped storage task tensors texts bench.store",
+    "bench.basis demo metrics parts runs sampling shipped storage task tensors texts bench.store",
     "chains intervals leases levels models planes reading table turning turns bench.kernels",
-    "entries pages",
+    "entries pages bench.latents",
     "policy",
     "sharing",
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
@@ -62,8 +62,7 @@ FLOORS = (
     "cli.checks",
     "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search",
     "cli.tune",
-    "cli.bench_codecs cli.bench_search cli.bench_tiers",
-    "cli.bench_lowrank",
+    "cli.bench_basis cli.bench_codecs cli.bench_latents cli.bench_lowrank cli.bench_search cli.bench_tiers",
     "cli",
     "__main__",
 )
