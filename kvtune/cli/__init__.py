@@ -25,6 +25,7 @@ def build() -> typer.Typer:
         bench_latents,
         bench_lowrank,
         bench_search,
+        bench_sharing,
         bench_tiers,
         calibrate,
         doctor,
@@ -69,6 +70,7 @@ def build() -> typer.Typer:
         bench_tiers,
         bench_latents,
         bench_basis,
+        bench_sharing,
     )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
