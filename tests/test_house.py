@@ -42,7 +42,7 @@ FLOORS = (
     "bench.codecs bench.duel bench.frontier bench.scaling bench.whole",
     "bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",
-    "report.folder report.layers report.prices report.spectra",
+    "report.folder report.layers report.prices report.rank report.spectra",
     "report.figures report.sentences",
     "report.scatter report.terminal",
     "report.sections",
