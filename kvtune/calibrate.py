@@ -21,6 +21,7 @@ from kvtune.moments import Moments, attention_mass, pulled
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy, Recipe
 from kvtune.rope import Rope
+from kvtune.saving import saving
 from kvtune.space import SIDES, Choices, opened
 from kvtune.texts import Document, digest
 
@@ -49,9 +50,10 @@ def calibrate(
 
     Raises:
         MissingInputError: too little text.
-        UsageError: nothing opened, or a context beyond the model's positions.
+        UsageError: nothing opened, nothing that saves bytes at this context, or a context beyond
+        the model's positions.
     """
-    windows = opened(template, facts(model.config))
+    windows, _ = saving(opened(template, facts(model.config)), facts(model.config), sizes.context)
     tokens = text_tokens(documents, tokenizer, sizes, "calibrate")
     known_ropes = find_ropes(model)
     moments = Moments(known_ropes)

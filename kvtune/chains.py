@@ -10,7 +10,8 @@ from typing import NamedTuple
 from kvtune_kernels import Format
 from torch import Tensor
 
-from kvtune.parts import Code, Codec, Fold, Quantizer, Site, Table
+from kvtune.lowrank import Latents
+from kvtune.parts import Code, Codec, Fold, Projection, Quantizer, Site, Table
 from kvtune.seen import joined
 
 
@@ -41,6 +42,11 @@ class Chain:
     def apart(self) -> bool:
         """Whether each kv head is stored alone."""
         return all(codec.apart for codec in self.codecs)
+
+    @property
+    def projects(self) -> bool:
+        """Whether fewer channels are kept, or a basis of them is."""
+        return any(isinstance(codec, Projection) for codec in self.codecs)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -103,6 +109,18 @@ class Chain:
             x, side = codec.encode(x, site)
             sides.append(side)
         return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))
+
+    def latents(self, body: Tensor, site: Site) -> Latents | None:
+        """What is stored as latents, for kernels that read these as they lie; None where it is
+        quantised, or no linear map leads back. An empty chain stores the heads themselves."""
+        unturned = bool(self.codecs) and self.codecs[0].unturns
+        rest = self.codecs[unturned:]
+        rope = site.rope if unturned else None
+        if not self.codecs:
+            return Latents(body)
+        if len(rest) != 1 or (back := rest[0].up(site)) is None:
+            return None
+        return Latents(body, back, rope)
 
     def decode(self, code: Encoded, site: Site) -> Tensor:
         """Returns [B, H, T, D]."""

@@ -48,6 +48,7 @@ class Candidate:
         return {
             "origin": self.origin,
             "uniform": self.is_uniform,
+            "projects": any(policy.projects for policy in self.policies),
             "bytes": self.bytes,
             "bits": weight.bits,
             "ratio": weight.ratio,
@@ -75,10 +76,15 @@ class Point:
 
 
 def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Base]]:
-    """All uniform rivals, and an even choice of the study's front, each with its origin."""
+    """All uniform rivals, and an even choice of the study's front, each with its origin; where
+    projections are searched, also of the front of what has none."""
     best = front(rows)
     found = [row for row in best if not row.origin.startswith("uniform")]
     chosen = evenly(found, [row.attrs["bits"] for row in found], most)
+    if layout.mixed:
+        alone = front([row for row in rows if row.attrs.get("projects") == 0])
+        alone = [row for row in alone if not row.origin.startswith("uniform")]
+        chosen += evenly(alone, [row.attrs["bits"] for row in alone], most)
     for budget in layout.budgets:
         within = [row for row in best if float(row.attrs["bytes"]) <= budget]
         chosen += [max(within, key=lambda row: float(row.attrs["bytes"]))] if within else []

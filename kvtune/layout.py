@@ -22,6 +22,7 @@ START = "start"
 NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothing
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 FINE = 64  # budgets of a surrogate front; a search measures `goal.budgets` of them, then the rest
+ALONE = "bits alone"  # origins of the front of settings without a projection
 PAYS = 0.95  # heads differ where that lowers the predicted KL at least to this part of it
 
 
@@ -117,6 +118,8 @@ class Layout:
         found = {"knapsack": self._front("memory")}
         if self.goal.timed:
             found["fast"] = self._front("latency")
+        if self.mixed:
+            found[ALONE] = self._front("memory", _alone(self.views))
         if any(view.by_head for view in self.views.values()):
             found["heads"] = self._paying(found["knapsack"])
         first: dict[str, Base] = {}
@@ -148,11 +151,17 @@ class Layout:
         """The bytes that each number of bits that the goal asks for comes to."""
         return tuple(int(bits / 16 * self._dense_bytes) for bits in self.goal.within)
 
-    def _front(self, over: str) -> list[Base]:
+    @property
+    def mixed(self) -> bool:
+        """Whether projections and bits alone are both open, so that each may be compared."""
+        every = [chain for view in self.views.values() for chain in _chains(view.choices)]
+        return any(chain.projects for chain in every) and bool(_alone(self.views))
+
+    def _front(self, over: str, views: Mapping[str, View] | None = None) -> list[Base]:
         """What nothing is predicted to beat, over all windows, from the smallest on."""
         size, axis = (by_time, "time") if over == "latency" else (by_bytes, "bytes")
         every: list[tuple[float, float, Base]] = []
-        for window, view in self.views.items():
+        for window, view in (self.views if views is None else views).items():
             solver = Budgets(view.whole, size)
             for budget in solver.spread(FINE, high=self._most(over)):
                 base = Base(window, solver.best(budget))
@@ -219,6 +228,23 @@ class Layout:
             safe = {place: ladders[place][-1].chain for place in uniform if place.layer in ends}
             found[f"ends protected, {name}"] = Base(window, {**uniform, **safe})
         return found
+
+
+def _chains(choices: Choices) -> list[Chain]:
+    return [chain for own in choices.values() for side in SIDES for chain in own.chains(side)]
+
+
+def _alone(views: Mapping[str, View]) -> dict[str, View]:
+    """The views without projections; nothing where a place has no other setting."""
+    found = {}
+    for name, view in views.items():
+        rungs = {
+            place: tuple(rung for rung in own if not rung.chain.projects)
+            for place, own in view.whole.rungs.items()
+        }
+        if all(rungs.values()):
+            found[name] = View(view.choices, Surrogate(rungs, view.whole.growth), None)
+    return found
 
 
 def _place(item: tuple[Place, Chain]) -> tuple[int, str, int]:

@@ -187,12 +187,15 @@ class Bench:
     def _layers(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> list[Any]:
         known, made = self.bank.facts, dict[int, Any]()
         for unit in units(policies, known.layers):
+            if known.layers[unit[0]].reads is not None:
+                continue
             alone = len(unit) == 1 and policies[unit[0]].sharer is None
             if alone and (policies[unit[0]].is_dense or not known.handed(unit[0])):
                 made[unit[0]] = self._layer(unit[0], policies[unit[0]], rows, memo)
             else:
                 made |= zip(unit, self._unit(unit, policies, rows, memo), strict=True)
-        return [made[index] for index in range(len(policies))]
+        # layers that are handed another's keys come last, and have no cache
+        return [made[index] for index in sorted(made)]
 
     def _unit(
         self, unit: Unit, policies: tuple[Policy, ...], rows: list[int], memo: bool
@@ -204,7 +207,7 @@ class Bench:
                 unit,
                 policies,
                 lambda index: self._sites(index, policies[index]),
-                handed=self.bank.facts.handed(unit[0]),
+                handed=self.bank.facts.handed,
             )
             for index, layer in zip(unit, made, strict=True):
                 layer.fill(self.bank.keys[index], self.bank.values[index])

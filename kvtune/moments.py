@@ -71,7 +71,8 @@ class Moments:
         pre-RoPE. `cached.*` are the same of keys and queries as they are cached and asked, over all
         positions of a context, and `facing.queries` is the moment of queries as pre-RoPE keys see
         them: turned back by the position of the key. `joint.SIDE` [L, H * D, H * D] are moments of
-        all kv heads at once, where they have up to 1,024 channels.
+        all kv heads at once, where they have up to 1,024 channels, and `cached.spectra.keys`
+        [L, H * D] the eigenvalues of those of keys as they are cached, the largest first.
         """
         layers = sorted({layer for _, layer in self._sums})
         found: dict[str, list[Tensor]] = defaultdict(list)
@@ -94,6 +95,10 @@ class Moments:
                 found[f"joint.{side}"] = self._joint[side, layer] / count
         if rope := self._ropes.get(layer):
             found |= _cached(found, rope, context)
+        if rope and "joint.keys" in found:
+            heads = found["means.keys"].shape[0]
+            turned = turning.together(rope, found["joint.keys"], heads, context)
+            found["cached.spectra.keys"] = torch.linalg.eigvalsh(turned).flip(-1).clamp_min(0)
         return found
 
 

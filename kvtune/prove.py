@@ -19,6 +19,7 @@ from kvtune.cache import Weight, load, weigh
 from kvtune.measure import Quality, compare
 from kvtune.models import facts
 from kvtune.recipe import Recipe
+from kvtune.saving import check_saves
 from kvtune.texts import Document
 
 RESAMPLES = 2000
@@ -180,15 +181,17 @@ def prove(
     Raises:
         IntegrityError: the recipe is of another model, unless forced.
         MissingInputError: too little text.
-        UsageError: settings that do not fit the model, or a context beyond its positions.
+        UsageError: settings that do not fit the model, a context beyond its positions, or one at
+        which a prompt's own basis saves no bytes.
     """
     cache = load(recipe, model, force)
-    tokens = text_tokens(documents, tokenizer, sizes._replace(continuation=steps), "proof")
-    bank = build(model, tokens, sizes.context)
-    quality = by_generation(model, cache, bank, steps)
     known = facts(model.config)
     policies = (recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))).policies(
         known
     )
+    check_saves(policies, known, min(sizes.context, bytes_context))
+    tokens = text_tokens(documents, tokenizer, sizes._replace(continuation=steps), "proof")
+    bank = build(model, tokens, sizes.context)
+    quality = by_generation(model, cache, bank, steps)
     weight = weigh(policies, known, bytes_context, batch)
     return Proof.of(quality, weight, sizes.context, bytes_context, batch)

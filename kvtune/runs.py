@@ -20,6 +20,7 @@ MEASURED = (
     "kl",
     "flips",
     "dnll",
+    "projects",
     "latency",
     "predicted",
     "few_kl",

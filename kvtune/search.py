@@ -110,6 +110,8 @@ class Search:
         predicted = self.layout.predict(base).kl
         found = {"bytes": float(weight.bytes), "bits": weight.bits, "ratio": weight.ratio}
         time = {"latency": self.speed.recipe(policies)} if self.speed else {}
+        if self.layout.mixed:
+            found["projects"] = float(any(policy.projects for policy in policies))
         return {**found, **time, "predicted": predicted}
 
     def _quality(

@@ -23,6 +23,7 @@ from kvtune.profile import Profile
 from kvtune.publish import Publisher, Say, Settings, Texts
 from kvtune.recipe import Recipe, digest
 from kvtune.recipe import load as load_recipe
+from kvtune.saving import saving
 from kvtune.search import STUDY, Limits, Search
 from kvtune.shipped import find
 from kvtune.space import opened
@@ -52,7 +53,9 @@ class Tuner:
         self.folder, self.name, self.settings, self.say = folder, name, settings or Settings(), say
         self.limits = limits or Limits(str(folder / runs.STUDY))
         self.known: Facts = facts(model.config)
-        self.windows = opened(template, self.known)
+        context = min(self.settings.sizes.context, self.settings.goal.context)
+        # why settings are left out that save nothing at this context
+        self.windows, self.unsaving = saving(opened(template, self.known), self.known, context)
         self.untimed = 0  # settings that no kernel reads, left out of a search for latency
         self.speed = self._speed()
         self.seconds: dict[str, float] = {}

@@ -38,6 +38,37 @@ def moment(rope: Rope, second: Tensor, context: int, inverse: bool = False) -> T
     return total / min(context, POSITIONS)
 
 
+def together(rope: Rope, second: Tensor, heads: int, context: int) -> Tensor:
+    """As `moment`, of all heads at once: from the second moment [H * D, H * D] of x.
+
+    A turn mixes a channel with one other, so its mean is four products of means with the moment.
+    """
+    dim = second.shape[0] // heads
+    eye = torch.eye(dim, dtype=second.dtype, device=second.device)
+    places = _places(context, second.device)
+    own: list[Tensor] = []
+    other: list[Tensor] = []
+    partner = torch.arange(dim, device=second.device)
+    for some in places.flip(0).split(AT_ONCE):  # the far ones first: these tell what mixes
+        turned = rope.turn(eye[None, :, None].expand(-1, -1, len(some), -1), some)[0]
+        matrix = turned.permute(1, 2, 0)  # [n, D, D]: a channel, of which channels it is made
+        own.append(torch.diagonal(matrix, dim1=1, dim2=2))
+        rest = matrix - torch.diag_embed(own[-1])
+        if not other:
+            partner = rest.abs().sum(0).argmax(-1)
+        other.append(rest.gather(-1, partner.expand(len(some), -1)[..., None])[..., 0])
+    factors = [torch.cat(part).repeat(1, heads) for part in (own, other)]
+    every = torch.arange(heads, device=second.device)[:, None] * dim
+    sources = [
+        (every + index).flatten() for index in (torch.arange(dim, device=every.device), partner)
+    ]
+    total = torch.zeros_like(second)
+    for left, rows in zip(factors, sources, strict=True):
+        for right, columns in zip(factors, sources, strict=True):
+            total += left.T @ right * second[rows][:, columns]
+    return total / len(places)
+
+
 def sample(rope: Rope, x: Tensor, context: int) -> Tensor:
     """Vectors x [H, n, D] turned to positions spread over a context, each to another one."""
     # neighbours in x are neighbours in a text: a step that shares no factor with n parts them

@@ -39,6 +39,21 @@ def everywhere(rope: Rope, x: Tensor, context: int) -> Tensor:
 
 
 @pytest.mark.parametrize("context", [1, 7, 96])
+@pytest.mark.parametrize("name", ["llama", "glm4", "gemma2"])
+def test_moments_of_heads_together_are_those_of_every_vector_at_every_position(
+    name: str, model: Any, context: int
+) -> None:
+    rope = next(iter(ropes(model).values()))
+    dim = model.config.head_dim
+    x = torch.randn(HEADS, 50, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x + x.roll(1, 0).flip(-1)  # heads that know each other
+    every = everywhere(rope, x, context).transpose(0, 1).flatten(1)
+    flat = x.transpose(0, 1).flatten(1)
+    found = turning.together(rope, flat.T @ flat / len(flat), HEADS, context)
+    torch.testing.assert_close(found, every.T @ every / len(every))
+
+
+@pytest.mark.parametrize("context", [1, 7, 96])
 def test_moments_of_a_context_are_those_of_every_vector_at_every_position(
     rope: Rope, x: Tensor, context: int
 ) -> None:

@@ -20,6 +20,7 @@ from kvtune.errors import UsageError
 from kvtune.measure import Bench
 from kvtune.models import Facts
 from kvtune.policy import Policy
+from kvtune.saving import check_saves
 
 WINDOW = 128  # tokens: what a recipe may keep exact and still be compared by its codes
 KEYS = "affine bits=? group=? axis=channel"
@@ -90,9 +91,10 @@ class Frontier:
 
         Raises:
             IntegrityError: a recipe of another model (unless forced), or tensors that were changed.
-            UsageError: settings that do not fit the model.
+            UsageError: settings that do not fit the model, or save nothing at its context.
         """
         policies, tensors = resolved(path, self.model, force)
+        check_saves(policies, self.bank.facts, min(self.bank.context, self.context))
         self._say(f"{name}: recipe", 0, 1)
         own = Bench(self.model, self.bank, find_ropes(self.model), partial(_own, tensors))
         ours = self._measured(own, policies, self._all)

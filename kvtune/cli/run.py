@@ -47,6 +47,8 @@ def open_run(
     texts = read_texts(job.text, job.where)
     tuner = Tuner(model, tokenizer, texts, template, folder, name=job.model, settings=settings)
     tuner.limits, tuner.say = limits, out.say
+    for why in tuner.unsaving:
+        out.warn(f"A setting is left out: {why}.")
     if tuner.untimed:
         out.warn(f"{tuner.untimed} settings are left out: no kernel reads them, so none is timed.")
     return tuner

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtune.marks import OneOf, Share
 from kvtune.metrics import Metric, evened, reading, rooted
-from kvtune.parts import Code, Fold, Projection, Seen, Site
+from kvtune.parts import Code, Fold, Projection, Seen, Site, Up
 from kvtune.spectral import gram, top
 
 
@@ -68,11 +68,13 @@ class Svd(Projection):
         return heads // size, max(1, round(self.rank * size * head_dim))
 
     def least(self, heads: int, head_dim: int) -> int:
-        """From how many tokens on a prompt's own basis saves bytes: T (w - r) > r w."""
+        """From how many tokens on a prompt's own basis saves bytes: T (w - r) > r w, and w more
+        for a mean and for channels' scales."""
         if self.basis == "calibrated":
             return 0
         width, rank = self.size(heads) * head_dim, self.shape(heads, head_dim)[1]
-        return rank if rank == width else rank * width // (width - rank) + 1
+        rows = rank + (self.centre == "mean") + (self.metric == "whitened")
+        return rank if rank == width else rows * width // (width - rank) + 1
 
     def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """In 16 bits: the metric where calibration finds it, and the basis where it does."""
@@ -147,6 +149,13 @@ class Svd(Projection):
         x = self._metric(site).out_of(_parted(joined, basis.shape[-2]))
         mean = self._tensor(site, "mean")
         return (x if mean is None else x + mean.to(x)).to(site.dtype)
+
+    def up(self, site: Site) -> Up:
+        """[B or 1, H, r, D] and the mean [B or 1, H, D]."""
+        raised = self._basis(site).flatten(1, 2).transpose(-1, -2)
+        mean = self._tensor(site, "mean")
+        back = self._metric(site).out_of(raised.float()).to(site.dtype)
+        return Up(back, None if mean is None else mean[:, :, 0].to(site.dtype))
 
     def _with(self, site: Site, found: Mapping[str, Tensor]) -> Site:
         named = {f"{self.name()}.{name}": x for name, x in found.items()}

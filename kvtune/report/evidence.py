@@ -67,9 +67,9 @@ def spectrum(run: Run, figures: Figures) -> Markup | None:
         lines = {share: spectra.directions(energy, share) for share in (0.9, 0.99)}
         figures[f"spectra.{side}"] = drawn.spectrum(energy, lines)
     intro = (
-        "How much of the mean square of keys (before RoPE), values and queries the strongest "
-        "directions of a head hold. The lines show where 90 % and 99 % are reached: the lower "
-        "they lie, the fewer channels would do."
+        "How much of the mean square of keys (before RoPE, unless after it is said), values and "
+        "queries the strongest directions of a head hold, or of all kv heads together. The lines "
+        "show where 90 % and 99 % are reached: the lower they lie, the fewer channels would do."
     )
     said = "Heat map: cumulative energy by layer and directions; the table below has the numbers."
     return section(
@@ -90,7 +90,7 @@ def _directions(energies: Mapping[str, Tensor]) -> Markup:
     ]
     layers = len(next(iter(energies.values())))
     head = ("side, share", *(f"layer {layer}" for layer in range(layers)))
-    return table(head, rows, "Directions of a head that hold a share of the energy")
+    return table(head, rows, "Directions that hold a share of the energy")
 
 
 def predictions(run: Run, figures: Figures) -> Markup | None:

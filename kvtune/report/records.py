@@ -40,6 +40,7 @@ class Candidate(_Record):
 
     origin: str
     uniform: bool = False
+    projects: bool = False
     bytes: float = Field(gt=0)
     bits: float = Field(gt=0)
     ratio: float | None = None

@@ -219,7 +219,8 @@ def stored_channels(codec: Codec, site: Site) -> Tensor:
     """Returns which channels of each head [H, D] have any bits."""
     found = home(codec)
     assert found is not None
-    return site.tensors.get(f"{codec.name()}.planes", torch.ones(HEADS, found[0])) > 0
+    named = (site.tensors.get(f"{codec.name()}.{name}") for name in ("planes", "groups"))
+    return next((x for x in named if x is not None), torch.ones(HEADS, found[0])) > 0
 
 
 @every_codec
