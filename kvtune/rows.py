@@ -97,12 +97,13 @@ class Rows:
             self._page(start)
 
     def answer(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-        """Answers the queries [B, Hq, n, D] of the tokens that were taken last."""
+        """Answers the queries [B, Hq, m, D] of the tokens that were taken last, or of the last of
+        them: a model may ask no more of layers that are handed another's cache."""
         assert self._taken is not None, "answer follows take"
         start, keys, values, first = self._taken
         if first:
-            count = keys.shape[2]
-            mask = causal(count, count, keys.device) if count > 1 else None
+            count = query.shape[2]
+            mask = causal(count, keys.shape[2], keys.device) if count > 1 else None
             return attend(query, keys, values, mask, scale, softcap)
         if softcap is None and (latents := self._latents(query)):
             return lowrank.attend(query, *latents, self._exact_tokens(), self.policy.sinks, scale)
