@@ -22,16 +22,19 @@ def build() -> typer.Typer:
         bench,
         bench_codecs,
         bench_lowrank,
+        bench_pack,
         bench_search,
         bench_tiers,
         calibrate,
         doctor,
         fit,
         methods,
+        pack,
         recipe,
         report,
         search,
         tune,
+        unpack,
     )
     from kvtune.cli.verb import add
 
@@ -49,6 +52,8 @@ def build() -> typer.Typer:
     add(app, fit.fit, "fit")
     add(app, apply.apply, "apply")
     add(app, report.report, "report")
+    add(app, pack.pack, "pack")
+    add(app, unpack.unpack, "unpack")
     recipes = typer.Typer(help="Read, check, compare and import recipes; no model is loaded.")
     for name, work in recipe.VERBS.items():
         add(recipes, work, name, f"recipe.{name}")
@@ -59,7 +64,7 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    found = (bench, bench_search, bench_codecs, bench_lowrank, bench_tiers)
+    found = (bench, bench_search, bench_codecs, bench_lowrank, bench_tiers, bench_pack)
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +37,9 @@ class Span:
 
     def forward(self, x: Tensor) -> Tensor:
         """Components z [T, R] of tokens x [T, W]."""
-        return self.weighed(x) @ self.basis.to(x.device).float()
+        y, basis = self.weighed(x), self.basis.to(x.device).float()
+        with _fast():
+            return y @ basis
 
     def weighed(self, x: Tensor) -> Tensor:
         """(x - mean) root, [T, W]: what the basis is of."""
@@ -44,9 +48,23 @@ class Span:
 
     def back(self, z: Tensor, live: Tensor) -> Tensor:
         """Tokens x [T, W] of the components z [T, R'] that `live` [R'] names; others are 0."""
-        y = z @ self.basis.float().index_select(1, live).T
+        basis = self.basis.index_select(1, live).float()
+        with _fast():
+            y = z @ basis.T
         inverse = torch.linalg.inv(self.root.double()).float()
         return blockwise(y, inverse) + self.mean.float()
+
+
+@contextmanager
+def _fast() -> Iterator[None]:
+    """Lets products of 32 bits round their factors to 16 where the machine is then faster (3 times
+    on AMX): rounding moves a component by a hundredth of a step."""
+    own = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(own)
 
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
