@@ -86,7 +86,7 @@ def pack(
         both = torch.cat([keys, values], 1)
         ends = torch.cat([both[: middle.start], both[middle.stop :]])
         sections[f"{number}.exact"] = exact(ends, sixteen)
-        found.append(components(pair, keys[middle], values[middle]))
+        found.append(components(pair, keys[middle], values[middle], step))
     made = _Body(found, scheme, sections, facts_of)
     if bits is not None:
         scheme = made.within(bits * whole.values(known, length) / 8, codec)
