@@ -46,7 +46,7 @@ FLOORS = (
     "publish suite training",
     "bench bench.compositions bench.tiers bench.trials trainer tune",
     "bench.codecs bench.duel bench.frontier bench.scaling bench.whole",
-    "bench.lowrank",
+    "bench.cskv bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.spectra",
     "report.figures report.sentences",
@@ -63,7 +63,7 @@ FLOORS = (
     "cli.apply cli.bench cli.calibrate cli.doctor cli.fit cli.methods cli.recipe cli.search",
     "cli.tune",
     "cli.bench_codecs cli.bench_search cli.bench_tiers",
-    "cli.bench_lowrank",
+    "cli.bench_cskv cli.bench_lowrank",
     "cli",
     "__main__",
 )

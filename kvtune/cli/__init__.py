@@ -21,6 +21,7 @@ def build() -> typer.Typer:
         apply,
         bench,
         bench_codecs,
+        bench_cskv,
         bench_lowrank,
         bench_search,
         bench_tiers,
@@ -59,7 +60,7 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    found = (bench, bench_search, bench_codecs, bench_lowrank, bench_tiers)
+    found = (bench, bench_search, bench_codecs, bench_lowrank, bench_cskv, bench_tiers)
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)
