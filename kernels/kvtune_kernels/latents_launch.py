@@ -159,7 +159,8 @@ def _launched(
         TURNS=rotary is not None, TABLED=tabled, INTERLEAVED=turns.interleaved,
         WIDTH=turns.width, D=dim, D2=wide, R=rank, R1=first if keeps else 64, R2=rest,
         HELD=keeps, DV=width, DV2=triton.next_power_of_2(max(width, 16)), ASM=not portable(),
-        EARLY=early(query.device), **plan,
+        EARLY=early(query.device),
+        AHEAD=fetches(latents), **plan,
     )  # fmt: skip
     # without values there is nothing to join but the log-sum-exp, beside channels that nobody wrote
     size = width or 16
@@ -189,16 +190,13 @@ def pieces(rank: int) -> tuple[int, int]:
 
 def tuned(wide: int, rank: int, held: bool, width: int, share: int) -> dict[str, int]:
     """Tokens and query columns of a tile, its stages and warps."""
-    columns = max(16, triton.next_power_of_2(share))
-    return {"N": 64, "C": columns, "STAGES": 2, "num_warps": 4}
+    columns = max(8, triton.next_power_of_2(share))
+    return {"N": 64, "C": columns, "STAGES": 2, "num_warps": 4, "CARRY": False}
 
 
-def fetches(*sides: Tensor) -> bool:
-    """Whether whole rows of these can be asked for ahead of their use."""
-    return all(
-        early(x.device) and x.data_ptr() % 16 == 0 and x.element_size() * x.stride(2) % 16 == 0
-        for x in sides
-    )
+def fetches(latents: Tensor) -> bool:
+    """Whether latents can be asked for ahead of their use: in inline PTX, which GPUs know."""
+    return early(latents.device)
 
 
 @functools.cache
