@@ -32,6 +32,10 @@ class Reading:
     def __init__(self, layer: Reader) -> None:
         self.layer = layer
 
+    def to(self, *args: Any, **kwargs: Any) -> "Reading":
+        """Stays where it is: a model that hands it on to a layer elsewhere moves it there first."""
+        return self
+
     def __getattr__(self, name: str) -> NoReturn:
         raise UnsupportedError(
             f"The model's attention reads the cached keys itself (.{name}); compressed layers "

@@ -107,7 +107,7 @@ class Recorder(DynamicLayer):
         self, show: Callable[[Tensor, Tensor, Tensor], None], sum_up: bool = False
     ) -> None:
         super().__init__()
-        self._show, self._sum_up = show, sum_up
+        self._show, self._sum_up, self._shown = show, sum_up, False
         self.attention: Tensor | None = None  # [B, H, T] that the first tokens to come got
 
     def update(
@@ -115,13 +115,16 @@ class Recorder(DynamicLayer):
     ) -> tuple[Reading, Reading]:
         """Stores densely and hands out a Reading."""
         super().update(key_states, value_states)
+        self._shown = False
         return Reading(self), Reading(self)
 
     def attend(
         self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
     ) -> Tensor:
         """Answers query [B, Hq, n, D] exactly."""
-        self._show(query, self.keys, self.values)
+        if not self._shown:  # a model may hand the reading on to other layers
+            self._show(query, self.keys, self.values)
+            self._shown = True
         if self._sum_up:
             self.attention, self._sum_up = received(query, self.keys, scale, softcap), False
         count = query.shape[2]
@@ -178,8 +181,8 @@ def build(
         {i: torch.cat([queries[i] for queries, _ in kept]) for i in full},
         {
             i: _stacked([cache.layers[i] for _, cache in kept])
-            for i in range(len(known.layers))
-            if i not in full
+            for i, layer in enumerate(known.layers)
+            if i not in full and layer.reads is None
         },
         torch.cat(logp),
         {

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from kvtune.chains import Chain
+from kvtune.lowrank import Latents
 from kvtune.pages import Grown, MakeSite, Pages
-from kvtune.parts import Code, Sharer, Site
+from kvtune.parts import Code, Sharer, Site, Up
 from kvtune.policy import Policy
+from kvtune.rope import Rope
 
 T = TypeVar("T")
 
@@ -61,6 +63,7 @@ class Store:
         self._body = Pages(chain, _bare(makers[0]), start)
         self._sides: list[Grown] = []
         self._learned: dict[str, Tensor] = {}
+        self._ways: dict[int, tuple[Up | None, Rope | None]] = {}  # back to each layer
         self._twins: Claims[Store] = Claims(len(makers))
 
     @property
@@ -97,6 +100,23 @@ class Store:
         if not found:
             return None
         return torch.cat(found, 2) if len(found) > 1 else found[0]
+
+    def latents(self, member: int, dtype: torch.dtype) -> Latents | None:
+        """The common body and the way back to one layer; None where kernels cannot read that."""
+        found = self._body.latents(dtype) if self.tokens else None
+        if found is None or found.back is not None:
+            return None
+        if member not in self._ways:
+            site = self._site(member, self._start, 0, found.body.device, dtype)
+            turns = site.side == "keys" and "rope" in self.sharer.needs
+            self._ways[member] = self.sharer.up(member, site), site.rope if turns else None
+        back, rope = self._ways[member]
+        return None if back is None else Latents(found.body, back, rope)
+
+    def waits(self, member: int) -> Tensor | None:
+        """The tokens [B, H, n, D] of one layer that have not joined yet."""
+        own = self._waiting[member]
+        return torch.cat(own, 2) if own else None
 
     def twin(self, member: int, rows: Tensor | None = None) -> Store:
         """A copy-on-write twin, of other batch rows where they are given: one for all layers."""
@@ -174,6 +194,14 @@ class Member:
     def read(self, dtype: torch.dtype) -> Tensor | None:
         """Everything of this layer: [B, H, T, D], or None while nothing is stored."""
         return self._store.read(self._index, dtype)
+
+    def latents(self, dtype: torch.dtype) -> Latents | None:
+        """What all layers store as it lies, with this layer's way back."""
+        return self._store.latents(self._index, dtype)
+
+    def waiting(self) -> Tensor | None:
+        """Tokens [B, H, n, D] that have not joined yet."""
+        return self._store.waits(self._index)
 
     def fork(self) -> Member:
         """A copy-on-write twin."""

@@ -57,8 +57,7 @@ class CompressedCache(Cache):
         for unit in units(policies, known.layers):
             if all(policies[index].is_dense for index in unit):
                 continue
-            handed = known.handed(unit[0])
-            made = make_unit(unit, policies, places, self.shared, handed)
+            made = make_unit(unit, policies, places, self.shared, known.handed)
             for index, layer in zip(unit, made, strict=True):
                 layers[index] = layer
         super().__init__(layers=layers)
@@ -83,7 +82,7 @@ class CompressedCache(Cache):
 def _nbytes(layer: Any) -> int:
     if isinstance(layer, CompressedLayer):
         return layer.nbytes
-    held = (layer.keys, layer.values)
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 

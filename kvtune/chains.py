@@ -10,6 +10,7 @@ from typing import NamedTuple
 from kvtune_kernels import Format
 from torch import Tensor
 
+from kvtune.lowrank import Latents
 from kvtune.parts import Code, Codec, Fold, Projection, Quantizer, Site, Table
 from kvtune.seen import joined
 
@@ -108,6 +109,18 @@ class Chain:
             x, side = codec.encode(x, site)
             sides.append(side)
         return Encoded(x.to(dtype) if x.is_floating_point() else x, tuple(sides))
+
+    def latents(self, body: Tensor, site: Site) -> Latents | None:
+        """What is stored as latents, for kernels that read these as they lie; None where it is
+        quantised, or no linear map leads back. An empty chain stores the heads themselves."""
+        unturned = bool(self.codecs) and self.codecs[0].unturns
+        rest = self.codecs[unturned:]
+        rope = site.rope if unturned else None
+        if not self.codecs:
+            return Latents(body)
+        if len(rest) != 1 or (back := rest[0].up(site)) is None:
+            return None
+        return Latents(body, back, rope)
 
     def decode(self, code: Encoded, site: Site) -> Tensor:
         """Returns [B, H, T, D]."""

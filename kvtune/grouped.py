@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvtune_kernels import say_once
 from torch import Tensor
 
 from kvtune.attention import causal
 from kvtune.bonds import Bond, Member
-from kvtune.layer import CompressedLayer, Shared
+from kvtune.layer import Shared
+from kvtune.lent import LendingLayer
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
@@ -44,8 +47,8 @@ class GroupedRows(Rows):
         return causal(count, self.seen, query.device) if count > 1 else None
 
 
-class GroupedLayer(CompressedLayer):
-    """A CompressedLayer that is the index-th of a bond."""
+class GroupedLayer(LendingLayer):
+    """A layer that is the index-th of a bond; models may hand its cache on as any other's."""
 
     def __init__(
         self,
@@ -53,14 +56,16 @@ class GroupedLayer(CompressedLayer):
         sites: tuple[MakeSite, MakeSite],
         bond: Bond,
         index: int,
+        borrowers: int = 0,
         shared: Shared | None = None,
     ) -> None:
-        super().__init__(policy, sites, shared)
+        super().__init__(policy, sites, borrowers, shared)
         self._bond, self._index = bond, index
 
     def fork(self) -> GroupedLayer:
         """A copy-on-write twin, in a group with the twins of the other layers."""
-        twin = GroupedLayer(self.policy, self._sites, self._bond, self._index, self._shared)
+        place = self._bond, self._index, self._borrowers
+        twin = GroupedLayer(self.policy, self._sites, *place, self._shared)
         self._hand_over(twin)
         return twin
 
@@ -76,8 +81,13 @@ class GroupedLayer(CompressedLayer):
 def bonded(
     policy: Policy,
     sites: tuple[tuple[MakeSite, MakeSite], ...],
+    handed: Sequence[int],
     shared: Shared | None = None,
 ) -> list[GroupedLayer]:
-    """Empty layers that store together under a policy, in order."""
+    """Empty layers that store together under a policy, in order; of each is said how many others a
+    model hands it on to."""
     bond = Bond(policy, sites)
-    return [GroupedLayer(policy, own, bond, i, shared) for i, own in enumerate(sites)]
+    return [
+        GroupedLayer(policy, own, bond, i, count, shared)
+        for i, (own, count) in enumerate(zip(sites, handed, strict=True))
+    ]

@@ -33,6 +33,12 @@ class LendingLayer(CompressedLayer):
         super().__init__(policy, sites, shared)
         self._borrowers, self._answered = borrowers, 0
 
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        """Answers query [B, Hq, n, D] on the layer's own device; borrowers may live elsewhere."""
+        return super().attend(query.to(self.device), mask, scale, softcap).to(query.device)
+
     def _attend(
         self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
     ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvtune.placement import DEVICE_MAPS, input_device, layer_devices, weights
 from kvtune.rope import Rope
 
 FULL = "full_attention"
+HANDED = "handed"  # the kind of a layer that is handed another's keys and values
 _KV_WEIGHT = re.compile(
     r"\.(k_proj|v_proj|qkv_proj|query_key_value|Wqkv|c_attn|k_norm)\.(weight|bias)$"
 )
@@ -60,26 +62,39 @@ def facts(config: Any) -> Facts:
     """Reads a transformers config.
 
     Raises:
-        UnsupportedError: encoder-only, encoder-decoder, MLA, linear-attention and KV-sharing
-        models, by name.
+        UnsupportedError: encoder-only, encoder-decoder, MLA and linear-attention models, by name.
     """
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     _refuse_unsupported(config, text)
     count = text.num_hidden_layers
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    own = count - (getattr(text, "num_kv_shared_layers", None) or 0)
     window = getattr(text, "sliding_window", None)
     kinds = (
         getattr(text, "layer_types", None)
         or [FULL if window is None else "sliding_attention"] * count
     )
     layers = tuple(
-        LayerFacts(kind, kv_heads, heads, head_dim, window if kind == "sliding_attention" else None)
-        for kind in kinds
+        LayerFacts(kind, *_heads(text, i), window if kind == "sliding_attention" else None)
+        if i < own
+        else LayerFacts(HANDED, *_heads(text, i), reads=_last(kinds[:own], kind))
+        for i, kind in enumerate(kinds)
     )
     name = (config.architectures or [type(config).__name__])[0]
     return Facts(name, layers, int(text.max_position_embeddings), int(text.vocab_size))
+
+
+def _heads(text: Any, layer: int) -> tuple[int, int, int]:
+    """Kv heads, query heads and head size of a layer; those of Gemma 4 are not all alike."""
+    if getattr(text, "per_layer_config", None):
+        text = text.per_layer_config[layer]
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return kv_heads, heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def _last(kinds: Sequence[str], kind: str) -> int:
+    """The last layer of a kind: the one whose keys and values later layers of it are handed."""
+    return len(kinds) - 1 - list(reversed(kinds)).index(kind)
 
 
 def _refuse_unsupported(config: Any, text: Any) -> None:
@@ -100,10 +115,6 @@ def _refuse_unsupported(config: Any, text: Any) -> None:
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError(
             f"{name} caches a compressed latent (MLA), which kvtune does not support."
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedError(
-            f"{name} shares KV between layers by itself, which kvtune does not support."
         )
     kinds = set(getattr(text, "layer_types", None) or ())
     if odd := kinds - {FULL, "sliding_attention"}:
@@ -245,7 +256,7 @@ def fingerprint(model: Any) -> str:
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None)
     # not the architecture, which a config has only once it was saved
-    shape = [text.model_type, [vars(layer) for layer in known.layers], known.vocab, rope]
+    shape = [text.model_type, [_facts_of(layer) for layer in known.layers], known.vocab, rope]
     total = hashlib.sha256(canonical_json(shape).encode())
     # accelerate may keep weights off the model, where state_dict has none
     held = {name: w.to(torch.bfloat16) for name, w in weights(model, _KV_WEIGHT)}
@@ -259,6 +270,11 @@ def fingerprint(model: Any) -> str:
         total.update(f"{name} {tuple(weight.shape)} ".encode())
         total.update(raw.numpy().tobytes())
     return f"sha256:{total.hexdigest()}"
+
+
+def _facts_of(layer: LayerFacts) -> dict[str, Any]:
+    """What a fingerprint hashes; a layer that reads no other has what it always had."""
+    return {name: value for name, value in vars(layer).items() if (name, value) != ("reads", None)}
 
 
 def places(model: Any) -> dict[int, torch.device]:

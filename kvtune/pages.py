@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvtune.chains import Chain, Encoded
+from kvtune.lowrank import Latents
 from kvtune.parts import Site
 
 MakeSite = Callable[[Tensor, torch.dtype], Site]  # positions [T], dtype -> site
@@ -82,6 +84,7 @@ class Pages:
         self._start = start  # the true index of the first token
         self._body: Grown | None = None
         self._sides: list[list[Grown]] = []
+        self._back: Latents | Literal[False] | None = None  # False where there is none
         self._learned: dict[str, Tensor] = {}  # of each row, whatever its length
 
     def append(self, x: Tensor) -> None:
@@ -113,6 +116,20 @@ class Pages:
         return self.chain.decode(
             Encoded(body, sides), self._site(self._start, self.tokens, body.device, dtype)
         )
+
+    def latents(self, dtype: torch.dtype) -> Latents | None:
+        """What is stored as it lies, with the way back; None where kernels cannot read that."""
+        if self._body is None:
+            return None
+        body = self._body.tensor
+        if self._back is None:  # of a store that only grows it stays the same
+            site = self._site(self._start, 0, body.device, dtype)
+            self._back = self.chain.latents(body, site) or False
+        return self._back._replace(body=body) if self._back else None
+
+    def waiting(self) -> Tensor | None:
+        """Tokens that have left the window and are still as they were; pages have none."""
+        return None
 
     def fork(self) -> Pages:
         """A copy-on-write twin."""

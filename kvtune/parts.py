@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvtune import discovery
 from kvtune.errors import UsageError, suggest
+from kvtune.lowrank import Up as Up
 from kvtune.marks import OneOf, Setting
 from kvtune.marks import legal_values as legal_values
 from kvtune.rope import Rope
@@ -79,6 +80,9 @@ class Codec(Part):
 
     kind = "codec"
     fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
+    unturns: ClassVar[bool] = False  # it takes keys back before RoPE, and does nothing else
+    # those of them that training improves: encode and decode have gradients for them
+    trains: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False  # what it stores is a linear map of what it is given: its `fold`
 
     @property
@@ -138,6 +142,10 @@ class Codec(Part):
     def fit(self, seen: Seen) -> dict[str, Tensor]:
         """Finds the tensors of `blanks` from what calibration saw."""
         return {}
+
+    def up(self, site: Site) -> Up | None:
+        """The way back from what it stores, where that is a linear map of it."""
+        return None
 
     def behind(self, seen: Seen, site: Site) -> Seen:
         """What a codec after this one sees; `site` holds what this one's `fit` found."""
@@ -211,6 +219,11 @@ class Sharer(Part):
         """Finds tensors [B, ...] of the first tokens [B, H, T, D] of each layer, which are kept
         beside the body and stand in every layer's site as "METHOD.NAME"; none by default."""
         return {}
+
+    def up(self, index: int, site: Site) -> Up | None:
+        """The way back from the body to the index-th layer, keys before RoPE where it `needs` one;
+        None where that is no linear map."""
+        return None
 
     @abstractmethod
     def fold(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> Code:

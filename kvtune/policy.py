@@ -17,7 +17,7 @@ from kvtune.entries import LayerPolicy as LayerPolicy
 from kvtune.entries import Record as Record
 from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
-from kvtune.parts import Borrower, Selector, Sharer
+from kvtune.parts import Borrower, Projection, Selector, Sharer
 from kvtune.spans import resolve, write
 from kvtune.splits import Split, smallest
 
@@ -153,6 +153,13 @@ class Policy(Record):
         """True when nothing is compressed."""
         alone = self.select is None and self.share is None
         return alone and not any(chain.codecs for chain in self.chains)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether keys are stored as latents."""
+        return self.sharer is not None or any(
+            isinstance(codec, Projection) for codec in self.keys.codecs
+        )
 
     @property
     def window(self) -> Window:

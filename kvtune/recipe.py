@@ -126,7 +126,7 @@ class Recipe(Record):
             if made[i].share is None:
                 made[i].check(*shape, i)
                 made[i] = made[i].of_shape(*shape)
-        return settled(made, known.layers)
+        return settled(made, known)
 
     def dumps(self) -> str:
         """Returns the TOML text."""

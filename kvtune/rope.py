@@ -42,16 +42,20 @@ class Rope:
             turned = head * cos + self._half_turn(head) * sin
         return torch.cat([turned.to(x.dtype), tail], -1)
 
-    def _tables(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(1, dtype=torch.float32, device=x.device)
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, W / 2] of each pair of the W channels that turn, in float32."""
+        like = torch.empty(1, dtype=torch.float32, device=positions.device)
         extra = () if self.layer_type is None else (self.layer_type,)
         with torch.no_grad():
-            cos, sin = self.module(like, positions[None].to(x.device), *extra)
-        cos, sin = cos[0].float(), sin[0].float()
+            cos, sin = self.module(like, positions[None], *extra)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].float(), sin[0, :, :half].float()
+
+    def _tables(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.tables(positions.to(x.device))
         if self.interleaved:
-            half = cos.shape[-1] // 2
-            cos, sin = (table[:, :half].repeat_interleave(2, -1) for table in (cos, sin))
-        return cos, sin
+            return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
     def _half_turn(self, x: Tensor) -> Tensor:
         if self.interleaved:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kvtune_kernels import attend
+from kvtune_kernels import attend, runs_triton
 from torch import Tensor
 
+from kvtune import lowrank
 from kvtune.attention import causal
 from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError
+from kvtune.lowrank import Exact, Latents
 from kvtune.pages import MakeSite, Pages
 from kvtune.policy import Policy
 
@@ -95,13 +97,16 @@ class Rows:
             self._page(start)
 
     def answer(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-        """Answers the queries [B, Hq, n, D] of the tokens that were taken last."""
+        """Answers the queries [B, Hq, m, D] of the tokens that were taken last, or of the last of
+        them: a model may ask no more of layers that are handed another's cache."""
         assert self._taken is not None, "answer follows take"
         start, keys, values, first = self._taken
         if first:
-            count = keys.shape[2]
-            mask = causal(count, count, keys.device) if count > 1 else None
+            count = query.shape[2]
+            mask = causal(count, keys.shape[2], keys.device) if count > 1 else None
             return attend(query, keys, values, mask, scale, softcap)
+        if softcap is None and (latents := self._latents(query)):
+            return lowrank.attend(query, *latents, self._exact_tokens(), self.policy.sinks, scale)
         all_keys, all_values = self.read(query.dtype)
         return attend(query, all_keys, all_values, self._mask(query, start), scale, softcap)
 
@@ -139,6 +144,28 @@ class Rows:
             found = [x for x in (dense[0], pages.read(dtype), dense[1]) if x is not None]
             sides.append(torch.cat(found, 2) if len(found) > 1 else found[0])
         return sides[0], sides[1]
+
+    def _latents(self, query: Tensor) -> tuple[Latents, Latents] | None:
+        """Both sides as they lie, where kernels read them for query [B, Hq, n, D]."""
+        if (
+            query.shape[2] > 1
+            or not self.policy.low_rank
+            or not runs_triton(query.shape[-1], query.dtype, query.device)
+        ):
+            return None
+        keys, values = (pages.latents(query.dtype) for pages in (self.keys, self.values))
+        if keys is None or values is None or not lowrank.reads(query, keys, values):
+            return None
+        return keys, values
+
+    def _exact_tokens(self) -> Exact:
+        """Sinks, what has left the window and waits, and the window itself."""
+        sides = []
+        for side, pages in enumerate((self.keys, self.values)):
+            sinks, recent = (pair and pair[side] for pair in (self._sinks, self._recent))
+            found = [x for x in (sinks, pages.waiting(), recent) if x is not None]
+            sides.append(torch.cat(found, 2))
+        return Exact(*sides)
 
     @property
     def exact(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvtune.errors import UsageError
-from kvtune.models import FULL, LayerFacts
+from kvtune.models import FULL, Facts, LayerFacts
 from kvtune.policy import Policy
 
 Unit = tuple[int, ...]  # layers that live and die together, in order
@@ -53,13 +53,13 @@ def units(policies: Sequence[Policy], layers: Sequence[LayerFacts]) -> tuple[Uni
     return tuple(sorted([*shared, *alone]))
 
 
-def settled(policies: Sequence[Policy], layers: Sequence[LayerFacts]) -> tuple[Policy, ...]:
+def settled(policies: Sequence[Policy], known: Facts) -> tuple[Policy, ...]:
     """The policies of a model whose groups are known: a group waits for the tokens that it learns.
 
     Raises:
         UsageError: a group that its sharer or its chains cannot store; an owner that cannot be one.
     """
-    made = list(policies)
+    made, layers = list(policies), known.layers
     for group in groups(policies, layers):
         first, layer = policies[group[0]], layers[group[0]]
         least = _least(first, len(group), layer, group[0])
@@ -67,6 +67,13 @@ def settled(policies: Sequence[Policy], layers: Sequence[LayerFacts]) -> tuple[P
             made[index] = first.model_copy(update={"least": least})
     for borrower, owner in owners(policies, layers).items():
         _check_owner(policies, layers, borrower, owner)
+    for index, policy in enumerate(policies):
+        if (policy.select is not None or policy.heads) and known.handed(index):
+            raise UsageError(
+                f"layer {index} is handed on to other layers by the model, so it can neither "
+                "select tokens nor treat its heads differently.",
+                "Leave select and heads out of this layer.",
+            )
     return tuple(made)
 
 

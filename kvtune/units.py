@@ -12,6 +12,7 @@ from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.sharing import Unit
 
+ENDLESS = 1 << 40  # tokens
 Sites = Callable[[int], tuple[MakeSite, MakeSite]]  # of a layer
 
 
@@ -20,15 +21,18 @@ def make_unit(
     policies: Sequence[Policy],
     sites: Sites,
     shared: Shared | None = None,
-    handed: int = 0,
+    handed: Callable[[int], int] = lambda _: 0,
 ) -> list[CompressedLayer]:
-    """Empty layers of a unit, in order; to so many others the model hands the first's cache on."""
+    """Empty layers of a unit, in order; the model hands a layer's cache on to so many others."""
     first = policies[unit[0]]
     if first.sharer is not None:
-        return list(bonded(first, tuple(map(sites, unit)), shared))
-    borrowers = len(unit) - 1 + handed
+        counts = [handed(index) for index in unit]
+        return list(bonded(first, tuple(map(sites, unit)), counts, shared))
+    borrowers = len(unit) - 1 + handed(unit[0])
     if borrowers == 0:
         return [make_layer(first, sites(unit[0]), shared)]
+    if first.is_dense:  # a window without an end, so that a crop takes back any tokens
+        first = first.model_copy(update={"recent": ENDLESS})
     owner = LendingLayer(first, sites(unit[0]), borrowers, shared)
     return [owner, *(BorrowingLayer(policies[index], owner) for index in unit[1:])]
 

@@ -78,6 +78,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5}),
 }
+HANDING: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "layer_types": [FULL, SLIDING, FULL, SLIDING, FULL],
+    "sliding_window": 24,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": BASE["vocab_size"],
+}
+# models whose last layers are handed the keys and values of others
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": ("gemma3n_text", {**HANDING, "laurel_rank": 4, "altup_num_inputs": 2}),
+    "gemma4": ("gemma4_text", {**HANDING, "global_head_dim": 32}),
+}
 COMPRESSIBLE = tuple(name for name in MODELS if name != "mistral-sliding")
 
 
@@ -103,7 +116,7 @@ def made(name: str) -> Recipe:
 
 def config_of(name: str, **changes: Any) -> Any:
     """Returns the config of a tiny model."""
-    kind, own = MODELS[name]
+    kind, own = (MODELS | SHARING)[name]
     return CONFIG_MAPPING[kind](**{**BASE, **own, **changes})
 
 

@@ -13,11 +13,14 @@ from transformers import DynamicCache
 
 from kvtune import parts
 from kvtune.attention import NAME
+from kvtune.bonds import Member
 from kvtune.cache import load
+from kvtune.grouped import GroupedLayer
 from kvtune.layer import CompressedLayer
 from kvtune.models import facts
 from kvtune.parts import Code, Codec, Site
 from kvtune.policy import Policy
+from kvtune.sharing import pieces
 
 MORE = 58  # tokens after a prompt
 STEPS = [1] * MORE
@@ -44,11 +47,23 @@ def stored(layer: CompressedLayer) -> Iterator[tuple[str, Tensor]]:
         for side, pages in (
             (f"{n}.{side}", tier[side]) for n, tier in enumerate(tiers) for side in (0, 1)
         ):
+            beside = []
+            if isinstance(pages, Member):
+                beside, pages = pages._store._sides, pages._store._body
             if pages._body is None:
                 continue
-            held = [pages._body, *(grown for more in pages._sides for grown in more)]
+            held = [pages._body, *(grown for more in pages._sides for grown in more), *beside]
             for index, grown in enumerate(held):
                 yield f"{number}.{side}.{index}", grown.tensor
+
+
+def cut(cache: Any, seen: int, sizes: list[int]) -> list[int]:
+    """Cuts chunks where a group of layers takes in a block, as it does token by token."""
+    policies, found = [layer.policy for layer in layers(cache)], []
+    for size in sizes:
+        found += pieces(policies, seen, size)
+        seen += size
+    return found
 
 
 def paged(policy: Policy, every: tuple[int, ...], count: int) -> Iterator[tuple[Any, ...]]:
@@ -104,7 +119,7 @@ def test_any_split_into_chunks_equals_step_by_step(
     expected = play(model, make(), tokens, [prompt, *STEPS])
     assert expected.isfinite().all()
     for sizes in ([MORE], [3] * 19 + [1], [7] * 8 + [2], [1, 30, 2, MORE - 33]):
-        found = play(model, make(), tokens, [prompt, *sizes])
+        found = play(model, make(), tokens, [prompt, *cut(make(), prompt, sizes)])
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
@@ -224,7 +239,8 @@ def test_each_token_is_encoded_once_at_its_true_index(
     play(model, cache, draw(1, count), [prompt, 1, 1, 30, 1, 58])
     expected: Counter[tuple[int, str, str, int]] = Counter()
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CompressedLayer):
+        later = isinstance(layer, GroupedLayer) and layer._index > 0  # the first stands for all
+        if isinstance(layer, CompressedLayer) and not later:
             known = facts(model.config).layers[index]
             every, dim = tuple(range(known.kv_heads)), known.head_dim
             for heads, chains, length in paged(layer.policy, every, count):

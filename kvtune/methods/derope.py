@@ -14,6 +14,7 @@ class Derope(Codec):
     """
 
     needs = frozenset({"rope"})
+    unturns = True
 
     def check(self, head_dim: int, side: str) -> None:
         """Only keys are rotated."""

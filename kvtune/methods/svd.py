@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtune.marks import OneOf, Share
 from kvtune.metrics import Metric, evened, reading, rooted
-from kvtune.parts import Code, Fold, Projection, Seen, Site
+from kvtune.parts import Code, Fold, Projection, Seen, Site, Up
 from kvtune.spectral import gram, top
 
 
@@ -149,6 +149,13 @@ class Svd(Projection):
         x = self._metric(site).out_of(_parted(joined, basis.shape[-2]))
         mean = self._tensor(site, "mean")
         return (x if mean is None else x + mean.to(x)).to(site.dtype)
+
+    def up(self, site: Site) -> Up:
+        """[B or 1, H, r, D] and the mean [B or 1, H, D]."""
+        raised = self._basis(site).flatten(1, 2).transpose(-1, -2)
+        mean = self._tensor(site, "mean")
+        back = self._metric(site).out_of(raised.float()).to(site.dtype)
+        return Up(back, None if mean is None else mean[:, :, 0].to(site.dtype))
 
     def _with(self, site: Site, found: Mapping[str, Tensor]) -> Site:
         named = {f"{self.name()}.{name}": x for name, x in found.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtune.marks import Share
-from kvtune.parts import Code, Sharer, Site
+from kvtune.parts import Code, Sharer, Site, Up
 from kvtune.spectral import gram, top
 
 PACKED = 8  # channels of any bits that fill whole bytes, so that every rank can be quantised
@@ -69,6 +69,11 @@ class Xkv(Sharer):
         if self.centre:
             flat = flat - held["xkv.mean"].flatten(1)[:, None]
         return Code((flat @ held["xkv.basis"].flatten(1, 3))[:, None].to(dtype))
+
+    def up(self, index: int, site: Site) -> Up:
+        """The layer's right factor [B, H, r, D], and its mean."""
+        factor = site.tensors["xkv.basis"][:, index].transpose(-1, -2).to(site.dtype)
+        return Up(factor, site.tensors["xkv.mean"][:, index] if self.centre else None)
 
     def unfold(self, code: Code, index: int, site: Site) -> Tensor:
         """The layer's channels of A V^T, and keys turned by that layer's own embedding."""
