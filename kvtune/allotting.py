@@ -104,10 +104,19 @@ def _check(x: Floats, bits: int, kinds: list[tuple[int, int]], side: int) -> Non
 
 
 def _sums(x: Floats, size: int) -> Floats:
-    """Sums [w - size + 1] of neighbours."""
-    whole = np.concatenate([np.zeros(1), np.cumsum(x)])
-    found: Floats = whole[size:] - whole[:-size]
-    return found.clip(0)
+    """Sums [w - size + 1] of neighbours, by doubling: of a running total small ones would be lost
+    behind large ones."""
+    total = np.zeros(len(x) - size + 1)
+    part, width, start, left = x, 1, 0, size
+    while left:
+        if left & 1:
+            total += part[start : start + len(total)]
+            start += width
+        left >>= 1
+        if left:
+            part = part[:-width] + part[width:]
+            width *= 2
+    return total
 
 
 def _choices(

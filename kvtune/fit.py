@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,19 @@ class Fitter:
             return {}
         key = (layer, side, chain)
         if key not in self._found:
-            self._found[key] = self._fitted(layer, side, chain.codecs)
+            self._found[key] = self.around(layer, side, chain.codecs, {})
         return self._found[key]
 
-    def _fitted(self, layer: int, side: Side, codecs: Sequence[Codec]) -> Tensors:
+    def around(
+        self, layer: int, side: Side, codecs: Sequence[Codec], held: Mapping[str, Tensor]
+    ) -> Tensors:
+        """As `chain`, around tensors "METHOD.NAME" that are there already, from training say."""
         turned = any("rope" in codec.needs for codec in codecs)
         seen = self.seen(layer, side, pre_rope=turned)
         found: Tensors = {}
         for index, codec in enumerate(codecs):
             own = {f"{codec.name()}.{name}": x for name, x in codec.fit(seen).items()}
-            found |= own
+            found |= {name: held.get(name, x) for name, x in own.items()}
             if index < len(codecs) - 1:
                 site = Site(layer, side, torch.arange(0), torch.float32, None, found)
                 seen = codec.behind(seen, site)
@@ -153,7 +156,7 @@ def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
         IntegrityError: the profile lacks what a fit needs, or the recipe is of another model.
         UsageError: a template, or settings that do not fit the model.
     """
-    known = _facts(profile)
+    known = known_by(profile)
     found = str(profile.meta["fingerprint"])
     if recipe.model and recipe.model.fingerprint != found:
         raise IntegrityError(
@@ -174,7 +177,7 @@ def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
     return recipe.model_copy(update={"model": bound}), fitted(policies, Fitter(profile))
 
 
-def _facts(profile: Profile) -> Facts:
+def known_by(profile: Profile) -> Facts:
     """What the profile says of its model."""
     found: Any = profile.meta.get("facts")
     if not isinstance(found, dict):

@@ -81,6 +81,8 @@ class Codec(Part):
     kind = "codec"
     fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
     unturns: ClassVar[bool] = False  # it takes keys back before RoPE, and does nothing else
+    # those of them that training improves: encode and decode have gradients for them
+    trains: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False  # what it stores is a linear map of what it is given: its `fold`
 
     @property

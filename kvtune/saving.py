@@ -26,6 +26,13 @@ def check_saves(policies: Sequence[Policy], known: Facts, context: int) -> None:
     """
     for layer, policy in enumerate(policies):
         shape = known.layers[layer].kv_heads, known.layers[layer].head_dim
+        if policy.share and policy.due(context) < policy.least:
+            enough = policy.first + policy.sinks + policy.recent
+            raise UsageError(
+                f"layer {layer}: {policy.share} takes {enough:,} tokens to save bytes; the context "
+                f"has {context:,}.",
+                "Take a longer context, or a lower rank.",
+            )
         for index, side in enumerate(SIDES):
             for chain in dict.fromkeys(pair[index] for pair in policy.tiers):
                 if why := unsaving(policy, side, chain, shape, context):
@@ -39,7 +46,7 @@ def unsaving(policy: Policy, side: Side, chain: Chain, shape: Shape, context: in
     """Why one chain of a layer saves nothing at a context, in words; empty where it does, and for
     chains that learn nothing of a prompt."""
     learning = [(codec, at) for codec, at in chain.shapes(*shape) if codec.learns]
-    if not learning:
+    if not learning or policy.share:
         return ""
     codec, (heads, head_dim) = max(learning, key=lambda one: one[0].least(*one[1]))
     groups, rank = codec.shape(heads, head_dim)

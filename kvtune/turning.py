@@ -46,7 +46,9 @@ def together(rope: Rope, second: Tensor, heads: int, context: int) -> Tensor:
     dim = second.shape[0] // heads
     eye = torch.eye(dim, dtype=second.dtype, device=second.device)
     places = _places(context, second.device)
-    own, other, partner = [], [], torch.arange(dim, device=second.device)
+    own: list[Tensor] = []
+    other: list[Tensor] = []
+    partner = torch.arange(dim, device=second.device)
     for some in places.flip(0).split(AT_ONCE):  # the far ones first: these tell what mixes
         turned = rope.turn(eye[None, :, None].expand(-1, -1, len(some), -1), some)[0]
         matrix = turned.permute(1, 2, 0)  # [n, D, D]: a channel, of which channels it is made

@@ -96,6 +96,13 @@ def test_a_thousand_normal_values_are_coded_as_expected() -> None:
     assert float(expected(np.ones(1024), 1024, 4)[0]) == pytest.approx(error, rel=0.25)
 
 
+@pytest.mark.parametrize("size", [1, 16, 48, 256])
+def test_what_is_expected_of_weak_components_does_not_depend_on_strong_ones(size: int) -> None:
+    weak = falling(256) * 1e-9
+    behind = expected(np.concatenate([np.ones(40), weak]), size, 2)[40:]
+    np.testing.assert_allclose(behind, expected(weak, size, 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("width", [0, 1])
 def test_hardly_any_components_are_fine(width: int) -> None:
     assert sum(size for size, _ in allot(np.ones(width), 100)) == width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def attend_latents(
     query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None,
     rotary: Rotary | None = None, mean: Tensor | None = None, index: Tensor | None = None,
     counts: Tensor | None = None, start: int | Tensor = 0, scale: float | None = None,
-    value_scales: Tensor | None = None, workspace: Workspace | None = None,
+    value_scales: Tensor | None = None, paired: bool = False, workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Answers query [B, Hq, D], one token a row, over low-rank keys RoPE(latents @ up + mean).
 
@@ -43,7 +42,7 @@ def attend_latents(
     or [B]), or all T in order; the token at index i has position start + i, `start` one number or
     int [B]. `latents` [B, T, r] belong to all kv heads, or [B, G, T, r] to groups of them; `up` is
     [H, r, D], or [B, H, r, D] where each row has a basis of its own; `mean` [H, D] or [B, H, D].
-    `values` [B, G, T, Dv] in 16 bits, or int8 times `value_scales` [B, G, T]; None asks for the
+    With `paired`, `up` comes from `paired_basis`. `values` [B, G, T, Dv] in 16 bits, or int8 times `value_scales` [B, G, T]; None asks for the
     log-sum-exp alone. `query` is after RoPE, `rotary` None where there is none.
 
     Without `up`, latents are what the query meets: [B, Hq, r] absorbed (q up^T) of models without
@@ -60,7 +59,7 @@ def attend_latents(
     Sources: ShadowKV (arXiv:2410.21465), Palu (arXiv:2407.21118), xKV (arXiv:2503.18893).
     """
     _check(query, latents, up, values, index)
-    more = (rotary, mean, index, counts, start, scale, value_scales)
+    more = (rotary, mean, index, counts, start, scale, value_scales, paired)
     if not _runs_triton(query, latents, up, values):
         return latents_reference.attend_latents(query, latents, up, values, *more)
     return _launched(workspace or Workspace(), query, latents, up, values, *more)
@@ -105,9 +104,7 @@ def unsupported_latents(
     return None
 
 
-def _runs_triton(
-    query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None
-) -> bool:
+def _runs_triton(query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None) -> bool:
     choice = _choice.get()
     if choice == "reference" or (choice == "auto" and query.device.type != "cuda"):
         return False
@@ -121,6 +118,7 @@ def _launched(
     workspace: Workspace, query: Tensor, latents: Tensor, up: Tensor | None,
     values: Tensor | None, rotary: Rotary | None, mean: Tensor | None, index: Tensor | None,
     counts: Tensor | None, start: int | Tensor, scale: float | None, value_scales: Tensor | None,
+    paired: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads = latents_reference.head_count(latents, up, values, index)
     batch, query_heads, dim = query.shape
@@ -134,44 +132,53 @@ def _launched(
     wide = triton.next_power_of_2(dim) if up is not None else 32
     keeps = (first + rest) * wide <= HELD or up is None
     plan = tuned(wide, first + rest, keeps, triton.next_power_of_2(max(width, 16)), share)
-    splits = split_count(batch * heads, -(-tokens // plan["N"]), slots(query.device, plan["num_warps"]))
-    out, lse = workspace.partial(batch * query_heads * splits, width, query.device)
+    splits = split_count(
+        batch * heads, -(-tokens // plan["N"]), slots(query.device, plan["num_warps"])
+    )
+    out, lse = workspace.partial(batch * query_heads * splits, width or 16, query.device)
+    if up is not None and rotary is not None and not paired:
+        up = paired_basis(up, rotary)
     up = latents if up is None else up.contiguous()
     mean = mean if mean is None else mean.contiguous()
     index = index if index is None or index.stride(-1) == 1 else index.contiguous()
     scales = None if value_scales is None else value_scales.contiguous()
     turns = rotary if rotary is not None else Rotary(0)
-    tables = turns.cos is not None
+    tabled = turns.table is not None
     kernels.attend_split[(heads, splits, batch)](
         query, latents, up, _or(mean, query), held, _or(scales, query), _or(index, lse),
-        _or(counts, lse), start if isinstance(start, Tensor) else lse, _or(turns.cos, lse),
-        _or(turns.sin, lse), _or(turns.frequency, lse), out, lse,
+        _or(counts, lse), start if isinstance(start, Tensor) else lse,
+        _or(turns.table, lse), _or(turns.frequency, lse), out, lse,
         dim**-0.5 if scale is None else scale, turns.factor,
         *query.stride()[:2], *latents.stride()[:3], *_steps(up, 4), *_steps(mean, 3),
         *held.stride()[:3], *_steps(scales, 3), *_steps(index, 3), *_counts(counts),
-        turns.cos.stride(0) if tables else 0,
+        turns.table.stride(0) if tabled else 0,
         heads, share, tokens, splits, heads // latents.shape[1], heads // held.shape[1],
         0 if isinstance(start, Tensor) else start,
         UP=up is not latents, MEANS=mean is not None, INDEXED=index is not None,
         COUNTED=counts is not None, STARTED=isinstance(start, Tensor), SCALED=scales is not None,
-        TURNS=rotary is not None, TABLES=tables, INTERLEAVED=turns.interleaved,
-        WIDTH=turns.width, D=dim, H2=max(16, wide // 2), R=rank, R1=first if keeps else 64, R2=rest,
+        TURNS=rotary is not None, TABLED=tabled, INTERLEAVED=turns.interleaved,
+        WIDTH=turns.width, D=dim, D2=wide, R=rank, R1=first if keeps else 64, R2=rest,
         HELD=keeps, DV=width, DV2=triton.next_power_of_2(max(width, 16)), ASM=not portable(),
-        EARLY=early(query.device), **plan,
+        EARLY=early(query.device),
+        AHEAD=fetches(latents), **plan,
     )  # fmt: skip
-    if values is None:
-        parts = lse.view(batch, heads, splits, share) * math.log(2)
-        told = parts.logsumexp(2).flatten(1)
-        return query.new_empty(batch, query_heads, 0), told.where(told > -1e29, -math.inf)
-    result = torch.empty(batch, query_heads, width, dtype=query.dtype, device=query.device)
+    # without values there is nothing to join but the log-sum-exp, beside channels that nobody wrote
+    size = width or 16
+    result = torch.empty(batch, query_heads, size, dtype=query.dtype, device=query.device)
     told = torch.empty(batch, query_heads, dtype=torch.float32, device=query.device)
-    many, wide = triton.next_power_of_2(splits), triton.next_power_of_2(width)
+    many, wide = triton.next_power_of_2(splits), triton.next_power_of_2(size)
     paged.merge[(batch * query_heads,)](
         out, lse, result, told, lse, lse, *result.stride()[:2], 0, batch, heads, share, 1, splits,
-        ADVANCE=False, TELL=True, D=width, D2=wide, PARTS=many, FEW=min(many, 8192 // wide),
+        ADVANCE=False, TELL=True, D=size, D2=wide, PARTS=many, FEW=min(many, 8192 // wide),
         num_warps=4, **waiting(query.device),
     )  # fmt: skip
-    return result, told
+    return result[..., :width], told
+
+
+def paired_basis(up: Tensor, rotary: Rotary) -> Tensor:
+    """A basis [..., r, D] in the order that kernels read, channels that turn together side by side:
+    made once, and handed over with `paired`, it saves a copy of the basis at every call."""
+    return up[..., rotary.pairs(up.shape[-1]).to(up.device)].contiguous()
 
 
 def pieces(rank: int) -> tuple[int, int]:
@@ -183,8 +190,13 @@ def pieces(rank: int) -> tuple[int, int]:
 
 def tuned(wide: int, rank: int, held: bool, width: int, share: int) -> dict[str, int]:
     """Tokens and query columns of a tile, its stages and warps."""
-    columns = max(16, triton.next_power_of_2(share))
-    return {"N": 64, "C": columns, "STAGES": 2, "num_warps": 4}
+    columns = max(8, triton.next_power_of_2(share))
+    return {"N": 64, "C": columns, "STAGES": 2, "num_warps": 4, "CARRY": False}
+
+
+def fetches(latents: Tensor) -> bool:
+    """Whether latents can be asked for ahead of their use: in inline PTX, which GPUs know."""
+    return early(latents.device)
 
 
 @functools.cache

@@ -12,48 +12,48 @@ from torch import Tensor
 class Rotary(NamedTuple):
     """How the first `width` channels of a key turn with its position (RoPE, arXiv:2104.09864).
 
-    Either tables `cos` and `sin` [P, width / 2 or width], whose first width / 2 columns are read,
-    or `frequency` [width / 2] in radians a position (fp32), times `factor` (YaRN's attention
-    factor): then a kernel makes its own tables and reads none. Channel j turns with j + width / 2,
-    or, interleaved, 2 j with 2 j + 1.
+    Either a `table` fp16 [P, width] of cosines and sines by position (see `of`), or `frequency`
+    fp32 [width / 2] in radians a position, times `factor` (YaRN's attention factor): then nothing is
+    read. Channel j turns with j + width / 2, or, interleaved, 2 j with 2 j + 1.
     """
 
     width: int
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    table: Tensor | None = None
     frequency: Tensor | None = None
     factor: float = 1.0
     interleaved: bool = False
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, width: int, interleaved: bool = False) -> Rotary:
+        """From a model's tables [P, width / 2], or [P, width] whose first half is read."""
+        pair = torch.stack([cos[:, : width // 2], sin[:, : width // 2]], -1)
+        return cls(width, pair.flatten(1).half().contiguous(), interleaved=interleaved)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 cosines and sines [..., width / 2] at positions [...].
 
         Raises:
-            ValueError: there are neither tables nor frequencies.
+            ValueError: there is neither table nor frequency.
         """
-        half = self.width // 2
-        if self.cos is not None and self.sin is not None:
-            cos, sin = self.cos[positions.long()], self.sin[positions.long()]
-            return cos[..., :half].float(), sin[..., :half].float()
+        if self.table is not None:
+            cos, sin = self.table[positions.long()].float().unflatten(-1, (-1, 2)).unbind(-1)
+            return cos, sin
         if self.frequency is None:
-            raise ValueError("a Rotary needs cos and sin, or frequency")
+            raise ValueError("a Rotary needs a table or frequencies")
         angle = positions[..., None].float() * self.frequency.float()
         return angle.cos() * self.factor, angle.sin() * self.factor
 
-    def pairs(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Channels [head_dim / 2] that turn together: width / 2 pairs, then what stands still."""
-        j = torch.arange(head_dim // 2)
-        first, step = (2 * j, 1) if self.interleaved else (j, self.width // 2)
-        still = j + self.width // 2
-        first = torch.where(j < self.width // 2, first, still)
-        other = torch.where(j < self.width // 2, first + step, still + (head_dim - self.width) // 2)
-        return first, other
+    def pairs(self, head_dim: int) -> Tensor:
+        """The order of channels [head_dim] in which those that turn together are neighbours."""
+        if self.interleaved:
+            return torch.arange(head_dim)
+        turning = torch.arange(self.width).unflatten(0, (2, -1)).T.flatten()
+        return torch.cat([turning, torch.arange(self.width, head_dim)])
 
     def turn(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [..., T, D] after RoPE, positions [..., T]."""
-        half, size = self.width // 2, keys.shape[-1]
-        first, other = (pair[:half].to(keys.device) for pair in self.pairs(size))
-        cos, sin = (table.to(keys.dtype) for table in self.tables(positions))
+        first, other = self.pairs(self.width).to(keys.device).unflatten(0, (-1, 2)).unbind(-1)
+        cos, sin = (x.to(keys.dtype) for x in self.cos_sin(positions))
         left, right = keys[..., first], keys[..., other]
         turned = keys.clone()
         turned[..., first] = left * cos - right * sin
@@ -76,7 +76,7 @@ def attend_latents(
     query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None,
     rotary: Rotary | None = None, mean: Tensor | None = None, index: Tensor | None = None,
     counts: Tensor | None = None, start: int | Tensor = 0, scale: float | None = None,
-    value_scales: Tensor | None = None,
+    value_scales: Tensor | None = None, paired: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `latents_launch.attend_latents`; every array in fp32, nothing fused."""
     batch, query_heads, dim = query.shape
@@ -92,6 +92,8 @@ def attend_latents(
         seen = torch.ones_like(seen, dtype=torch.bool)
     index = torch.where(seen, index, 0)  # what is not counted may be anything
     first = start[:, None, None] if isinstance(start, Tensor) else start
+    if up is not None and paired and rotary is not None:
+        up = up[..., rotary.pairs(dim).argsort().to(device)]
     up = up if up is None or up.dim() == 4 else up[None]
     mean = mean if mean is None or mean.dim() == 3 else mean[None]
     own = _of_heads(latents, heads)

@@ -20,7 +20,10 @@ def build() -> typer.Typer:
     from kvtune.cli import (
         apply,
         bench,
+        bench_basis,
         bench_codecs,
+        bench_latents,
+        bench_lowrank,
         bench_search,
         bench_sharing,
         bench_tiers,
@@ -59,7 +62,16 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    found = (bench, bench_search, bench_codecs, bench_tiers, bench_sharing)
+    found = (
+        bench,
+        bench_search,
+        bench_codecs,
+        bench_lowrank,
+        bench_tiers,
+        bench_latents,
+        bench_basis,
+        bench_sharing,
+    )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)

@@ -209,8 +209,10 @@ def test_a_codec_says_what_a_value_costs(codec: Codec, place: Any) -> None:
     body = codec.encode(x, place(codec, x.shape[2], x.dtype)).body
     if isinstance(codec, Projection):  # in 16 bits too
         body = body.bfloat16()
-    # five ternary codes fill no page of 64 to the last byte
-    assert 8 * body.nbytes == pytest.approx(codec.payload_bits * x.numel(), rel=2e-3)
+    # a rank may be rounded to a multiple of 8; five ternary codes fill no page to the last byte
+    rounded = 4 * 16 * x.shape[0] * x.shape[2] if isinstance(codec, Projection) else 0
+    stated = codec.payload_bits * x.numel()
+    assert 8 * body.nbytes == pytest.approx(stated, rel=2e-3, abs=rounded)
 
 
 def stored_channels(codec: Codec, site: Site) -> Tensor:
