@@ -97,5 +97,6 @@ def rotary_of(rope: Rope, length: int, device: torch.device) -> Rotary:
 
 
 def _table(rotary: Rotary) -> Tensor:
-    assert rotary.table is not None, "it was made of tables"
-    return rotary.table
+    table: Tensor | None = rotary.table
+    assert table is not None, "it was made of tables"
+    return table

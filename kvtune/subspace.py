@@ -19,7 +19,7 @@ from torch import Tensor
 
 SMALL = 1024  # channels up to which an eigendecomposition is as fast
 SPARE = 1.5  # vectors of a block for each one kept: what is left over makes the others converge
-ROUNDS, DEGREE = 2, 16  # filters, and products of one at most
+ROUNDS, DEGREE = 3, 16  # filters, and products of one at most
 REACH = 1e5  # how much more the strongest direction may grow than the weakest in one filter
 
 
@@ -50,28 +50,30 @@ def strongest(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
     """
     wide = gram.to(torch.float32)
     wide = wide / wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(gram.device).manual_seed(seed)
     count = min(gram.shape[-1], math.ceil(SPARE * rank / 64) * 64)
-    block = torch.randn(gram.shape[-1], count, generator=generator).to(gram.device)
+    block = torch.randn(gram.shape[-1], count, generator=generator, device=gram.device)
     with _tensor_cores():
         block = wide @ block
         for _ in range(ROUNDS):
-            block = _filtered(wide, orthonormal(block))
+            block = _filtered(wide, orthonormal(block, passes=1))
         block = orthonormal(block)
         image = wide @ block
     inner = block.T @ image
-    _, turn = torch.linalg.eigh((inner + inner.T) / 2)
-    found: Tensor = block @ turn.flip(-1)[:, :rank]
+    # in float64, since torch takes a GPU's slower Jacobi method for up to 512 float32 columns
+    _, turn = torch.linalg.eigh((inner + inner.T).double())
+    found: Tensor = block @ turn.flip(-1)[:, :rank].float()
     return found
 
 
-def orthonormal(block: Tensor) -> Tensor:
+def orthonormal(block: Tensor, passes: int = 3) -> Tensor:
     """Orthonormal columns [w, r] of the same span, by Cholesky factors of the columns' own Gram
     matrix: three times, and the first time shifted, so that columns which are nearly dependent do
-    not break it (shifted Cholesky QR 3, arXiv:1809.11085); by reflections where it breaks."""
+    not break it (shifted Cholesky QR 3, arXiv:1809.11085); by reflections where it breaks. One pass
+    alone makes them about orthonormal, which is enough to go on from."""
     eps, tiny = torch.finfo(block.dtype).eps, torch.finfo(block.dtype).tiny
     with _tensor_cores(False):
-        for shift in (block.shape[0] * eps, 0.0, 0.0):
+        for shift in (block.shape[0] * eps, 0.0, 0.0)[:passes]:
             block = block / block.norm(dim=0).clamp_min(tiny)
             inner = block.T @ block
             inner.diagonal().add_(shift)

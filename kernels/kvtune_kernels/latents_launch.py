@@ -30,7 +30,9 @@ if triton is not None:
 __all__ = ["Rotary", "attend_latents", "paired_basis", "unsupported_latents"]
 
 HIGHEST = 512  # rank
-HELD = 1 << 15  # numbers of `up` that a program holds, at most
+HELD = (
+    3 << 13
+)  # numbers of `up` that a program holds, at most: with more, fewer programs fit a unit
 
 
 def attend_latents(
