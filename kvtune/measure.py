@@ -18,6 +18,7 @@ from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from kvtune.bank import Bank
+from kvtune.cache import CompressedCache
 from kvtune.chains import Chain
 from kvtune.errors import ResourceError
 from kvtune.fitted import sites
@@ -28,7 +29,7 @@ from kvtune.pages import MakeSite, narrowed
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
-from kvtune.sharing import Unit, pieces, units
+from kvtune.sharing import Unit, owners, pieces, units
 from kvtune.tiers import Tiers
 from kvtune.units import forked, make_unit
 
@@ -186,6 +187,8 @@ class Bench:
 
     def _layers(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> list[Any]:
         known, made = self.bank.facts, dict[int, Any]()
+        if owners(policies, known.layers):
+            return self._prefilled(policies, rows)
         for unit in units(policies, known.layers):
             if known.layers[unit[0]].reads is not None:
                 continue
@@ -196,6 +199,17 @@ class Bench:
                 made |= zip(unit, self._unit(unit, policies, rows, memo), strict=True)
         # layers that are handed another's keys come last, and have no cache
         return [made[index] for index in sorted(made)]
+
+    @torch.no_grad()
+    def _prefilled(self, policies: tuple[Policy, ...], rows: list[int]) -> list[Any]:
+        """Layers after a forward over the contexts: where one reads another's cache, what later
+        layers are given is not what the dense model gave them."""
+        fitted = [dict(self._fit(i, own)) if self._fit else {} for i, own in enumerate(policies)]
+        tensors = {name: x for one in fitted for name, x in one.items()}
+        cache = CompressedCache(policies, self.model.config, self._ropes, tensors)
+        contexts = self.bank.tokens[rows][:, : self.bank.context]
+        self.model(contexts, past_key_values=cache, logits_to_keep=1)
+        return cache.layers
 
     def _unit(
         self, unit: Unit, policies: tuple[Policy, ...], rows: list[int], memo: bool

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvtune import subspace
+
 LEAST = 1e-4  # of the largest: directions that are read less are taken to be read this much
 
 
 def gram(x: Tensor) -> Tensor:
     """The sums of x x^T [*, w, w] over the tokens of x [*, T, w], in float32 at least."""
+    if x.is_cuda and x.dtype != torch.float64 and x.shape[-1] > subspace.SMALL:
+        return subspace.quick_gram(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     found: Tensor = wide.transpose(-1, -2) @ wide
     return found
@@ -20,8 +24,12 @@ def top(gram: Tensor, rank: int) -> Tensor:
     orthonormal columns, so that x @ top is what a truncated SVD of x keeps (Eckart and Young)."""
     if gram.is_meta:  # only shapes are asked for
         return gram.new_empty(*gram.shape[:-1], rank)
-    _, vectors = torch.linalg.eigh(gram)
-    found: Tensor = vectors.flip(-1)[..., :rank]
+    if subspace.pays(gram, rank):
+        flat = [subspace.strongest(one, rank) for one in gram.flatten(0, -3)]
+        found = torch.stack(flat).to(gram.dtype).reshape(*gram.shape[:-1], rank)
+    else:
+        _, vectors = torch.linalg.eigh(gram)
+        found = vectors.flip(-1)[..., :rank]
     # a direction's sign is anyone's: without a rule the last bit of a sum would move codes
     largest = found.gather(-2, found.abs().argmax(-2, keepdim=True))
     return torch.where(largest < 0, -found, found)

@@ -31,7 +31,7 @@ class Course:
     """How a layer is trained: Adam (arXiv:1412.6980), whose rate falls to nothing."""
 
     steps: int = 200
-    rate: float = 0.015  # of a tensor's root mean square, each step
+    rate: float = 0.01  # of a tensor's root mean square, each step
     queries: int = RUN  # of one sequence, each step
     seed: int = 0
 

@@ -113,9 +113,10 @@ def test_bank_measurement_equals_generation(small: Any, own: str, draw: Any) -> 
     policies = recipe.policies(facts(small.config))
     bank = build(small, draw(2, CONTEXT + MORE + 1), CONTEXT)
     bench = Bench(small, bank, load(recipe, small)._made_of[2])
-    # the contexts of a bank were computed densely, so the first layer's alone are those of a prompt
     measured = bench.measure(policies)
+    generated = by_generation(small, load(recipe, small), bank, MORE)
     went_on = by_generation(small, bench.cache(policies), bank, MORE)
+    torch.testing.assert_close(measured.kl, generated.kl, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(measured.kl, went_on.kl, atol=1e-5, rtol=1e-3)
     assert torch.equal(bench.measure(policies).kl, measured.kl), "the memo is as it was"
     half = bench.measure(policies, rows=range(1, 2))

@@ -39,7 +39,7 @@ TABLE_ASM = tl.constexpr(
 """
     + _TURN
 )
-# of position $3 times frequency $5, less the nearest multiple of 2 pi: within 1e-6 up to 4e5 radians
+# of position $3 times frequency $5, less the nearest multiple of 2 pi; error 1e-6 up to 4e5 radians
 ANGLE_ASM = tl.constexpr(
     """{
         .reg .f32 a, n, c, s, x, y;
@@ -87,7 +87,7 @@ def _turned(
     """Float16 keys [N, D2] after RoPE; columns 2 j and 2 j + 1 turn together."""
     if TABLED:
         at = TABLE + position.to(tl.int64)[:, None] * t_p + c[None, :]
-        if WIDTH == k.shape[1]:
+        if k.shape[1] == WIDTH:
             table = tl.load(at)
         else:
             still = (1 - c % 2).to(tl.float16)[None, :].broadcast_to(k.shape)
@@ -135,16 +135,15 @@ def _columns(X, row, r, R: tl.constexpr, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def _fetch(X, token, x_t, BYTES: tl.constexpr, GRAIN: tl.constexpr):
-    """Asks for rows of latents or values, so that they lie in L2 when they are read."""
-    if BYTES > 0:
-        count: tl.constexpr = triton.next_power_of_2((BYTES + GRAIN - 1) // GRAIN)
-        row = (X + token.to(tl.int64) * x_t).to(tl.int64, bitcast=True)[:, None]
-        piece = tl.minimum(tl.arange(0, count) * GRAIN, BYTES - 16)[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [row + piece], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
+def _fetch(A, token, a_t, R: tl.constexpr):
+    """Asks for rows of latents, line by line, so that they lie in L2 when they are copied."""
+    lines: tl.constexpr = triton.next_power_of_2((2 * R + 127) // 128)
+    row = (A + token.to(tl.int64) * a_t).to(tl.int64, bitcast=True)[:, None]
+    line = tl.minimum(tl.arange(0, lines) * 128, 2 * R - 16)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [row + line], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -178,7 +177,6 @@ def attend_split(
     R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, HELD: tl.constexpr, DV: tl.constexpr,
     DV2: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
     EARLY: tl.constexpr, AHEAD: tl.constexpr,
-    FETCH_V: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head to one stretch of its tokens, one query a query head.
 
@@ -197,8 +195,6 @@ def attend_split(
     tiles = (tokens + N - 1) // N
     stretch = (tiles + splits - 1) // splits
     begin = part * stretch
-    A_BYTES: tl.constexpr = R * 2
-    V_BYTES: tl.constexpr = (DV if SCALED else DV * 2) if FETCH_V else 0
     column = tl.arange(0, C)
     used = column < share
     Q += b * q_b + (h * share + column[None, :]) * q_h
@@ -208,14 +204,10 @@ def attend_split(
     INDEX += b * i_b + h * i_h
     U += b * u_b + h * u_h
     end = tl.minimum(begin + stretch, tiles)
-    if AHEAD > 0:  # two tiles
-        token = _tokens(INDEX, begin, tokens, N, INDEXED)
-        later = _tokens(INDEX, begin + 1, tokens, N, INDEXED)
-        _fetch(A, token, a_t, A_BYTES, AHEAD)
-        _fetch(V, token, v_t, V_BYTES, AHEAD)
-        _fetch(A, later, a_t, A_BYTES, AHEAD)
-        _fetch(V, later, v_t, V_BYTES, AHEAD)
-        later = _tokens(INDEX, tl.minimum(begin + 2, end - 1), tokens, N, INDEXED)
+    if AHEAD:  # two tiles
+        _fetch(A, _tokens(INDEX, begin, tokens, N, INDEXED), a_t, R)
+        _fetch(A, _tokens(INDEX, begin + 1, tokens, N, INDEXED), a_t, R)
+        later = _tokens(INDEX, begin + 2, tokens, N, INDEXED)
     r1 = tl.arange(0, R1)
     r2 = R1 + tl.arange(0, R2)
     c = tl.arange(0, D2)
@@ -242,18 +234,14 @@ def attend_split(
     top = tl.full([C], FAR, tl.float32)
     mass = tl.zeros([N, C], tl.float32)
     acc = tl.zeros([DV2, C], tl.float32)
-    if DV > 0:
-        soon = _tokens(INDEX, begin, tokens, N, INDEXED)
-        v_soon = _columns(V, soon.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        if AHEAD > 0:
-            _fetch(A, later, a_t, A_BYTES, AHEAD)
-            _fetch(V, later, v_t, V_BYTES, AHEAD)
-            later = _tokens(INDEX, tl.minimum(tile + 3, end - 1), tokens, N, INDEXED)
+        if AHEAD:
+            _fetch(A, later, a_t, R)
+            later = _tokens(INDEX, tile + 3, tokens, N, INDEXED)
         live = tile * N + tl.arange(0, N) < tokens
         token = _tokens(INDEX, tile, tokens, N, INDEXED)
         if DV > 0:
-            soon = _tokens(INDEX, tile + 1, tokens, N, INDEXED)
+            v = _columns(V, token.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
         row = token.to(tl.int64)[:, None] * a_t
         if UP:
             k = k0.broadcast_to(N, D2)
@@ -278,8 +266,7 @@ def attend_split(
         top = peak
         p = tl.exp2(s - top[None, :])
         mass = mass * fade[None, :] + p
-        if DV > 0:  # values come one tile ahead
-            v = v_soon
+        if DV > 0:
             if SCALED:
                 p *= tl.load(VS + token).to(tl.float32)[:, None] * LIFT
                 if ASM:
@@ -288,7 +275,6 @@ def attend_split(
                     )
             if not ASM:
                 v = v.to(tl.float32)
-            v_soon = _columns(V, soon.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
             acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
     some = top > FAR
     total = tl.where(some, tl.sum(mass, 0), 1.0)

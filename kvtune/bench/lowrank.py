@@ -33,18 +33,42 @@ class Case:
     """A projection of one side, or of both."""
 
     part: str  # of the report: "bases", "heads", "centre", "rope"
-    side: str
-    svd: Svd
+    keys: Svd | None = None
+    values: Svd | None = None
     turned: bool = False  # keys as they are cached, after RoPE
     note: str = ""
+
+    @classmethod
+    def of(cls, part: str, side: str, made: Svd, note: str = "") -> Case:
+        """A projection of a side, or of both; of values no mean is taken away.
+
+        Much is read of tokens whose values are about zero: with a mean they are not.
+        """
+        bare = made.model_copy(update={"centre": "none"})
+        keys, values = (side in (name, "both") for name in BOTH)
+        return cls(part, made if keys else None, bare if values else None, note=note)
+
+    @property
+    def side(self) -> str:
+        """What is projected."""
+        return "both" if self.keys and self.values else "keys" if self.keys else "values"
+
+    @property
+    def svd(self) -> Svd:
+        """The projection; of both sides the keys'."""
+        found = self.keys or self.values
+        assert found is not None, "a case projects something"
+        return found
 
     @property
     def policy(self) -> Policy:
         """What all layers do; the codes are 16-bit numbers."""
-        keys = Chain((self.svd,) if self.turned else (Derope(), self.svd))
-        given = {"keys": keys, "values": Chain((self.svd,))}
-        sides: dict[str, Any] = {k: own for k, own in given.items() if self.side in (k, "both")}
-        return Policy(sinks=SINKS, recent=RECENT, **sides)
+        found: dict[str, Any] = {}
+        if self.keys:
+            found["keys"] = Chain((self.keys,) if self.turned else (Derope(), self.keys))
+        if self.values:
+            found["values"] = Chain((self.values,))
+        return Policy(sinks=SINKS, recent=RECENT, **found)
 
 
 @dataclass(frozen=True)
@@ -98,18 +122,19 @@ def _cases(known: Facts, context: int, ranks: Sequence[float]) -> Iterator[Case]
             for metric in METRICS:
                 svd = Svd.model_validate({"rank": rank, "basis": basis, "metric": metric})
                 # both sides last: what each stores is memoised by then
-                yield from (Case("bases", side, svd) for side in SIDES)
+                yield from (Case.of("bases", side, svd) for side in SIDES)
     few = sorted({ranks[0], ranks[len(ranks) // 2]})
-    for side in SIDES[:2]:
+    for side in BOTH:
         for rank in few:
             yield from _by_heads(side, rank, known, context)
-    for side in SIDES[:2]:
+    for side in BOTH:
         for rank in few:
             for centre in ("mean", "none"):
-                yield Case("centre", side, _kq(rank, centre=centre))
+                made: dict[str, Any] = {side: _kq(rank, centre=centre)}
+                yield Case("centre", **made)
     for rank in few:
         for turned in (False, True):
-            yield Case("rope", "keys", _kq(rank), turned)
+            yield Case("rope", keys=_kq(rank), turned=turned)
 
 
 def _kq(rank: float, **settings: Any) -> Svd:
@@ -118,16 +143,16 @@ def _kq(rank: float, **settings: Any) -> Svd:
 
 def _by_heads(side: str, rank: float, known: Facts, context: int) -> Iterator[Case]:
     """All heads together, then fewer: at this rank, and at the next rank of no fewer bytes."""
-    whole = Case("heads", side, _kq(rank))
+    whole = Case.of("heads", side, _kq(rank))
     yield whole
     least = _bytes(whole, known, context)
     for together in TOGETHER[:-1]:
-        alike = Case("heads", side, _kq(rank, heads=together), note="equal rank")
+        alike = Case.of("heads", side, _kq(rank, heads=together), "equal rank")
         if not _fits(alike, known) or _is_all(together, known):
             continue
         yield alike
         for step in range(round(rank * STEPS), STEPS):
-            more = Case("heads", side, _kq(step / STEPS, heads=together), note="equal bytes")
+            more = Case.of("heads", side, _kq(step / STEPS, heads=together), "equal bytes")
             if _bytes(more, known, context) >= least:
                 yield more
                 break

@@ -20,10 +20,14 @@ def build() -> typer.Typer:
     from kvtune.cli import (
         apply,
         bench,
+        bench_basis,
         bench_codecs,
+        bench_cskv,
+        bench_latents,
         bench_lowrank,
         bench_pack,
         bench_search,
+        bench_sharing,
         bench_tiers,
         calibrate,
         doctor,
@@ -64,7 +68,18 @@ def build() -> typer.Typer:
     app.add_typer(recipes, name="recipe", no_args_is_help=True)
     add(app, methods.methods, "methods")
     benches = typer.Typer(help="Time kernels, decoding, trials and whole searches on this machine.")
-    found = (bench, bench_search, bench_codecs, bench_lowrank, bench_tiers, bench_pack)
+    found = (
+        bench,
+        bench_search,
+        bench_codecs,
+        bench_lowrank,
+        bench_cskv,
+        bench_tiers,
+        bench_latents,
+        bench_basis,
+        bench_sharing,
+        bench_pack,
+    )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
     app.add_typer(benches, name="bench", no_args_is_help=True)

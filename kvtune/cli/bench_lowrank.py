@@ -88,7 +88,9 @@ def _told(case: Case) -> dict[str, Any]:
 def _bases(pairs: Measured) -> Table:
     """One row for a rank, basis and metric; keys, values and both beside each other."""
     table = Table(
-        title="Rank, basis and metric (all heads together)", box=SIMPLE_HEAD, title_justify="left"
+        title="Rank, basis and metric (all heads together; keys centred, values not)",
+        box=SIMPLE_HEAD,
+        title_justify="left",
     )
     for column in ("rank", "basis", "metric"):
         table.add_column(column)

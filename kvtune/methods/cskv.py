@@ -34,7 +34,7 @@ class Cskv(Projection):
     shrink: Annotated[float, OneOf((0.0, 0.25, 0.5, 0.625, 0.75, 0.8, 0.875))] = 0.5
 
     fits = True
-    trains = ("down", "up", "bias")
+    trains = ("down", "up")
 
     @property
     def payload_bits(self) -> float:
@@ -79,7 +79,9 @@ class Cskv(Projection):
 
     def behind(self, seen: Seen, site: Site) -> Seen:
         """What was seen of the channels that are kept."""
-        down, up, bias = (site.tensors[f"{self.name()}.{name}"].double() for name in self.trains)
+        down, up, bias = (
+            site.tensors[f"{self.name()}.{name}"].double() for name in ("down", "up", "bias")
+        )
         fold = Fold(
             bias.reshape(1, -1), down.flatten(0, 1)[None], up.transpose(0, 1).flatten(1)[None]
         )

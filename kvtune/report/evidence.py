@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kvtune.cli.amounts import clock
 from kvtune.report import figures as drawn
-from kvtune.report import numbers, prices, scatter, spectra
+from kvtune.report import numbers, prices, rank, scatter, spectra
 from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, joined, table, tag
 from kvtune.report.prices import PriceTable
+from kvtune.report.rank import Pair
 from kvtune.report.records import Scores, Task, Trial
 from kvtune.report.sections import (
     Figures,
@@ -93,6 +94,31 @@ def _directions(energies: Mapping[str, Tensor]) -> Markup:
     return table(head, rows, "Directions that hold a share of the energy")
 
 
+def rank_and_bits(run: Run, figures: Figures) -> Markup | None:
+    """Rank and bits together against bits alone, where both were searched."""
+    if run.summary is None or not (met := rank.pairs(run.summary)):
+        return None
+    figures["rank"] = scatter.rank_and_bits(*rank.fronts(run.summary))
+    head = ("bits alone", "KL", "rank and bits", "KL", "times lower", "from")
+    said = "Chart: KL over bits of both fronts; the table below has the numbers."
+    title = "Both fronts at the bytes of each point of bits alone"
+    return section(
+        "rank",
+        "Rank and bits",
+        tag("p", rank.verdict(run.summary)),
+        chart("rank", "rank", said, 400),
+        details(title, table(head, [_met(pair) for pair in met], title, words=6)),
+    )
+
+
+def _met(pair: Pair) -> list[str]:
+    alone = [f"{pair.alone.bits:.2f}", numbers.significant(pair.alone.kl)]
+    if pair.mixed is None:
+        return [*alone, "none so small", "", "", ""]
+    mixed = [f"{pair.mixed.bits:.2f}", numbers.significant(pair.mixed.kl)]
+    return [*alone, *mixed, f"{pair.times:.2f}" if pair.times else "", pair.mixed.origin]
+
+
 def predictions(run: Run, figures: Figures) -> Markup | None:
     """How well prices predict what trials measure."""
     rows = run.trials.rows if run.trials else ()
@@ -100,8 +126,8 @@ def predictions(run: Run, figures: Figures) -> Markup | None:
         return None
     figures["predictions"] = scatter.predictions(rows)
     searched = run.summary.search if run.summary else None
-    rank = searched.rank_correlation if searched else None
-    told = f" Their rank correlation is {rank:.3f}." if rank is not None else ""
+    alike = searched.rank_correlation if searched else None
+    told = f" Their rank correlation is {alike:.3f}." if alike is not None else ""
     failed = len([row for row in rows if row.state == "infeasible"])
     lost = f" {failed} of {len(rows)} trials were infeasible." if failed else ""
     intro = (

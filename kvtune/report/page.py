@@ -23,6 +23,7 @@ POLICY = (
 NAMES = {
     "front": "Front",
     "recipe": "Recipe",
+    "rank": "Rank and bits",
     "prices": "Prices",
     "spectra": "Spectra",
     "attention": "Attention",
@@ -39,6 +40,7 @@ def page(run: Run) -> bytes:
     parts = {
         "front": sections.front(run, figures),
         "recipe": sections.recipe(run, figures),
+        "rank": evidence.rank_and_bits(run, figures),
         "prices": evidence.price_table(run, figures),
         "spectra": evidence.spectrum(run, figures),
         "attention": attention(run, figures),

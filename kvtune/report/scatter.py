@@ -190,6 +190,21 @@ def _dense(made: Figure, summary: Summary, axis: str) -> None:
     }
 
 
+def rank_and_bits(alone: Sequence[Candidate], mixed: Sequence[Candidate]) -> Figure:
+    """Both fronts on held-out text over true bits, as lines."""
+    kinds = (
+        ("bits alone", alone, "uniform", "diamond"),
+        ("rank and bits", mixed, "front", "circle"),
+    )
+    traces = [
+        _marks(name, own, "bits", _one_pass, _candidate, colour, symbol, 9)
+        | {"mode": "lines+markers", "line": {"color": f"var(--{colour})", "width": 1.5}}
+        for name, own, colour, symbol in kinds
+    ]
+    x = {"title": titled(AXES["bits"]), "type": "log", "tickvals": [1, 1.5, 2, 3, 4, 6, 8, 12, 16]}
+    return figure(traces, x, _y("pass"), **legend())
+
+
 def comparable(trials: Sequence[Trial]) -> list[Trial]:
     """The trials whose KL was predicted and measured, and has a logarithm."""
     return [t for t in trials if t.kl and t.predicted and t.kl > 0 and t.predicted > 0]

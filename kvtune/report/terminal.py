@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvtune.cli.amounts import size
 from kvtune.report import layers as of_layers
-from kvtune.report import numbers, prices, sentences
+from kvtune.report import numbers, prices, rank, sentences, spectra
 from kvtune.report.folder import Run
 from kvtune.report.records import Point, Scores, Summary
 
@@ -25,7 +25,9 @@ def view(run: Run) -> Iterator[RenderableType]:
         yield sentences.plainly(point)
         yield _front(summary)
         yield from _strips(run, point)
+        yield from _rank_and_bits(summary)
     yield from _dearest(run)
+    yield from _spectra(run)
     for found in run.scores:
         yield _scores(found)
     for own in run.missing(str(run.folder)):
@@ -53,6 +55,33 @@ def _front(summary: Summary) -> Table:
         ]
         table.add_row(*cells, *([numbers.latency(point.latency)] if timed else []))
     return table
+
+
+def _rank_and_bits(summary: Summary) -> Iterator[RenderableType]:
+    """Both fronts at the bytes of each point of bits alone, where both were searched."""
+    if not (met := rank.pairs(summary)):
+        return
+    yield rank.verdict(summary)
+    made = _table("bits alone", "KL", "rank and bits", "KL", "times lower")
+    for pair in met:
+        alone = (f"{pair.alone.bits:.2f}", numbers.significant(pair.alone.kl))
+        mixed = ("none", "", "")
+        if pair.mixed:
+            times = f"{pair.times:.2f}" if pair.times else ""
+            mixed = (f"{pair.mixed.bits:.2f}", numbers.significant(pair.mixed.kl), times)
+        made.add_row(*alone, *mixed)
+    yield made
+
+
+def _spectra(run: Run) -> Iterator[RenderableType]:
+    """How few directions hold the energy, means over all layers."""
+    found = spectra.told(run.profile) if run.profile else {}
+    if not found:
+        return
+    made = _table("Directions that hold", "90 / 95 / 99 % of the energy")
+    for side, words in found.items():
+        made.add_row(side, words)
+    yield made
 
 
 def _table(*names: str, title: str | None = None) -> Table:
