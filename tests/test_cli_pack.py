@@ -128,9 +128,11 @@ def test_unpack_is_told_what_to_do(place: Path, kv: Caller, file: Path) -> None:
 
 
 def test_the_bench_sets_ways_beside_each_other(place: Path, kv: Caller) -> None:
-    words = ("--data", place / "text.txt", *FEW, "--caches", "2", "--continuation", "8")
-    words += ("--steps", "1e-2,1e-4", "--kvtc-bits", "400")
-    rows = kv.json("bench", "pack", place / "model", *words)["data"]["rows"]
+    words = ("--data", place / "text.txt", "--sequences", "3", "--context", "160")
+    words += ("--caches", "2", "--continuation", "8", "--steps", "1e-2,1e-4", "--kvtc-bits", "15")
+    found = kv.json("bench", "pack", place / "model", *words)
+    assert found["ok"], found["error"]
+    rows = found["data"]["rows"]
     assert len(rows) == 5
     by_name = {row["name"]: row for row in rows}
     coarse, fine = (by_name[f"kvtune, step {step}"] for step in ("0.01", "0.0001"))

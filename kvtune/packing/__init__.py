@@ -139,7 +139,7 @@ class _Body:
         groups = []
         for (keys, values), bits in zip(codec.spans, share, strict=True):
             deviations = torch.cat([keys.deviations, values.deviations])
-            groups.append(tuple(kvtc.allotted(deviations, bits)))
+            groups.append(tuple(kvtc.allotted(deviations, bits if len(self.found[0]) else 0)))
         return Scheme(units, tuple(groups), self.scheme.first, self.scheme.last)
 
 

@@ -18,12 +18,14 @@ from kvtune.packing.container import inflate
 
 SINKS, RECENT = 4, 128  # first and last tokens that KVTC keeps exact
 TYPES = (0, 2, 4, 8)
+MOST = 10  # bits a component: 8, and a 16th of a scale and a shift
 _SIDE = 4  # bytes of a 16-bit scale and a 16-bit shift
 
 
 def allotted(deviations: Tensor, bits: int) -> list[Group]:
     """The groups of a token's components [R] that leave the least error at so many bits."""
-    return list(_allotted(tuple(deviations.double().square().tolist()), bits))
+    most = len(deviations) * MOST  # beyond, a larger table would buy nothing that can be told
+    return list(_allotted(tuple(deviations.double().square().tolist()), min(bits, most)))
 
 
 @lru_cache(8)
