@@ -27,7 +27,7 @@ from kvtune.texts import Document
 Policies = tuple[Policy, ...]
 SINKS, RECENT = 4, 128  # exact tokens of every row
 EVEN = 0.01  # recipes of equal bytes are within so much of one another
-RATIOS = (1.2, 1.8)  # of the rank of values to that of keys; the paper's is 1.5
+RATIOS = (1.4, 1.7)  # of the rank of values to that of keys; the paper's is 1.5
 SHORT = Sizes(30, 64, 1)  # texts that KVSharer's search reads: as many and as long as the paper's
 REACH = 3  # layers before a borrower that are tried as its owner
 
@@ -88,8 +88,8 @@ class Sharing:
 
     def searched(self, shares: int, threshold: float) -> tuple[list[Step], list[Row]]:
         """Maps of 1 to `shares` borrowers that KVSharer finds, and what they cost."""
-        texts = self._documents["calibration"]
-        short = text_tokens(texts, self._tokenizer, SHORT, "calibration")[:, : SHORT.context]
+        texts = self._documents["calibrate"]
+        short = text_tokens(texts, self._tokenizer, SHORT, "calibrate")[:, : SHORT.context]
         steps = search(
             self.model,
             short.to(self.bank.tokens.device),
