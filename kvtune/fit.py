@@ -20,7 +20,9 @@ from kvtune.space import SIDES, Side
 from kvtune.tensors import Artifact
 
 TENSORS_FILE = "kvtune.safetensors"
+BEGUN = 8  # beginnings of chains that are kept with what is seen behind them
 Tensors = dict[str, Tensor]
+Fitted = tuple[Tensors, Seen]
 
 
 class Fitter:
@@ -29,6 +31,7 @@ class Fitter:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._found: dict[tuple[int, Side, Chain], Tensors] = {}
+        self._begun: dict[tuple[tuple[int, Side, bool], tuple[Codec, ...]], Fitted] = {}
 
     def layer(self, layer: int, policy: Policy) -> Tensors:
         """The fitted tensors of a layer, named "layer.3.keys.METHOD.NAME"; axis 0 is the kv heads.
@@ -67,15 +70,33 @@ class Fitter:
     ) -> Tensors:
         """As `chain`, around tensors "METHOD.NAME" that are there already, from training say."""
         turned = any("rope" in codec.needs for codec in codecs)
-        seen = self.seen(layer, side, pre_rope=turned)
-        found: Tensors = {}
+        place = (layer, side, turned)
+        if not held and codecs:
+            found, seen = self._behind(place, tuple(codecs[:-1]))
+            return {**found, **_fitted(codecs[-1], seen)}
+        seen, known = self.seen(layer, side, pre_rope=turned), Tensors()
         for index, codec in enumerate(codecs):
-            own = {f"{codec.name()}.{name}": x for name, x in codec.fit(seen).items()}
-            found |= {name: held.get(name, x) for name, x in own.items()}
+            own = _fitted(codec, seen)
+            known |= {name: held.get(name, x) for name, x in own.items()}
             if index < len(codecs) - 1:
-                site = Site(layer, side, torch.arange(0), torch.float32, None, found)
-                seen = codec.behind(seen, site)
-        return found
+                seen = codec.behind(seen, _nowhere(place, known))
+        return known
+
+    def _behind(self, place: tuple[int, Side, bool], before: tuple[Codec, ...]) -> Fitted:
+        """What codecs are fitted to, and what one behind them sees; of the last few asked for,
+        since chains that differ in their bits begin alike."""
+        key = (place, before)
+        if key not in self._begun:
+            if before:
+                found, seen = self._behind(place, before[:-1])
+                found = {**found, **_fitted(before[-1], seen)}
+                made = found, before[-1].behind(seen, _nowhere(place, found))
+            else:
+                made = Tensors(), self.seen(*place[:2], pre_rope=place[2])
+            self._begun[key] = made
+            if len(self._begun) > BEGUN:
+                del self._begun[next(iter(self._begun))]
+        return self._begun[key]
 
     def seen(self, layer: int, side: Side, pre_rope: bool = False) -> Seen:
         """What calibration saw of a side of a layer: of keys as they are cached, or before RoPE."""
@@ -115,6 +136,14 @@ class Fitter:
         if layer not in layers:
             raise IntegrityError(f"The profile knows no layer {layer}.", again)
         return self._profile.tensors[name][layers.index(layer)].double()
+
+
+def _fitted(codec: Codec, seen: Seen) -> Tensors:
+    return {f"{codec.name()}.{name}": x for name, x in codec.fit(seen).items()}
+
+
+def _nowhere(place: tuple[int, Side, bool], found: Tensors) -> Site:
+    return Site(*place[:2], torch.arange(0), torch.float32, None, found)
 
 
 def fitted(policies: Sequence[Policy], fitter: Fitter) -> Tensors:

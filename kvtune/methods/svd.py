@@ -123,7 +123,13 @@ class Svd(Projection):
         """Of a calibrated basis; a prompt's own has about its spectrum."""
         heads, dim = seen.mean.shape
         size = self.size(heads)
-        own = self.model_copy(update={"basis": "calibrated"}).fit(seen)
+        alike = self.model_copy(update={"basis": "calibrated"})
+        named = {
+            name: site.tensors.get(f"{self.name()}.{name}") for name in alike.blanks(heads, dim)
+        }
+        own = {name: x for name, x in named.items() if x is not None}
+        if len(own) < len(named):
+            own = alike.fit(seen)
         metric, basis = self._metric(self._with(site, own)), own["basis"].flatten(1, 2).double()
         into, back = (_whole(turn, heads, dim, size) for turn in (metric.into, metric.out_of))
         shift = own["mean"].double() if "mean" in own else torch.zeros_like(seen.mean)

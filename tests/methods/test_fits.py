@@ -32,7 +32,7 @@ def test_a_linear_codec_stores_its_fold(codec: Codec, place: Any) -> None:
         return
     x = draw(codec, 2 * codec.block)
     site = place(codec, x.shape[2])
-    shift, turn, back = (part.float() for part in codec.fold(site, 3, x.shape[-1]))
+    shift, turn, back = (part.float() for part in codec.fold(site, *x.shape[1::2]))
     y = (x - shift[:, None]) @ turn
     torch.testing.assert_close(codec.encode(x, site).body, y, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(y @ back + shift[:, None], x, rtol=1e-3, atol=1e-2)
