@@ -142,7 +142,7 @@ def _trained(
     from kvtune.errors import IntegrityError
     from kvtune.fit import Fitter, known_by
     from kvtune.models import fingerprint
-    from kvtune.trainer import Trainer, trains
+    from kvtune.trainer import FOLDER, Trainer, trains
     from kvtune.training import Course
 
     if not trains(policies):
@@ -168,6 +168,7 @@ def _trained(
     out.data["trained"] = {"layers": len(layers), "before": before, "after": after}
     out.print(
         f"{len(layers)} layers are trained: their codes alone cost {before:.4f} nats before, "
-        f"{after:.4f} after, summed on the text of the training."
+        f"{after:.4f} after, summed on the text of the training.",
+        f"{folder / FOLDER} holds them one by one, for a fit that goes on, and may be deleted.",
     )
     return {name: x for one in layers.values() for name, x in one.tensors.items()}

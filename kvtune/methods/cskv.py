@@ -1,5 +1,4 @@
-"""Keeps few channels of all kv heads together by fitted maps down and up (CSKV,
-arXiv:2409.10593)."""
+"""Keeps few channels of all kv heads by fitted maps down and up (CSKV, arXiv:2409.10593)."""
 
 from __future__ import annotations
 
