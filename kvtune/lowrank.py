@@ -6,15 +6,19 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from kvtune_kernels.latents_launch import Rotary, attend_latents, unsupported_latents
+from kvtune_kernels.latents_launch import attend_latents, paired_basis, unsupported_latents
+from kvtune_kernels.latents_reference import Rotary
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvtune.rope import Rope
 
 STEP = 4096  # positions by which a table of cosines and sines grows
-_tables: WeakKeyDictionary[nn.Module, dict[tuple[str | None, torch.device], Rotary]] = (
+TRIED = (1, 63, 4095)  # positions at which frequencies are compared with a model's own turns
+_turns: WeakKeyDictionary[nn.Module, dict[tuple[str | None, torch.device], Rotary]] = (
     WeakKeyDictionary()
 )
+_paired: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Up(NamedTuple):
@@ -57,11 +61,14 @@ def attend(
     length = start + keys.body.shape[2]
     rotary = None if keys.rope is None else rotary_of(keys.rope, length, query.device)
     up, mean = keys.back
+    if rotary is not None:
+        up = _in_pairs(up, rotary)
     parts = [
         attend_latents(
-            asked, keys.body, up, values.body, rotary, mean=mean, start=start, scale=factor
+            asked, keys.body, up, values.body, rotary, mean=mean, start=start, scale=factor,
+            paired=rotary is not None,
         )
-    ]
+    ]  # fmt: skip
     if values.back is not None:
         parts[0] = _raised(parts[0][0], values.back), parts[0][1]
     if exact.keys.shape[2]:
@@ -86,17 +93,35 @@ def _raised(out: Tensor, back: Up) -> Tensor:
 
 
 def rotary_of(rope: Rope, length: int, device: torch.device) -> Rotary:
-    """A model's own cosines and sines of the positions below a length, kept between tokens."""
-    held = _tables.setdefault(rope.module, {})
+    """How a model's keys turn at the positions below a length, kept between tokens: by its own
+    frequencies where these tell its cosines and sines, else by a table of them."""
+    held = _turns.setdefault(rope.module, {})
     place = rope.layer_type, device
-    if place not in held or len(_table(held[place])) < length:
+    found = held.get(place) or _by_frequency(rope, device)
+    if found is None or (found.table is not None and len(found.table) < length):
         positions = torch.arange(-(-length // STEP) * STEP, device=device)
         cos, sin = rope.tables(positions)
-        held[place] = Rotary.of(cos, sin, 2 * cos.shape[-1], rope.interleaved)
-    return held[place]
+        found = Rotary.of(cos, sin, 2 * cos.shape[-1], rope.interleaved)
+    held[place] = found
+    return found
 
 
-def _table(rotary: Rotary) -> Tensor:
-    table: Tensor | None = rotary.table
-    assert table is not None, "it was made of tables"
-    return table
+def _by_frequency(rope: Rope, device: torch.device) -> Rotary | None:
+    name = "inv_freq" if rope.layer_type is None else f"{rope.layer_type}_inv_freq"
+    own = getattr(rope.module, name, None)
+    cos, sin = rope.tables(torch.tensor(TRIED, device=device))
+    if not isinstance(own, Tensor) or own.shape != cos.shape[1:]:
+        return None
+    factor = float((cos[0, 0] ** 2 + sin[0, 0] ** 2).sqrt())
+    found = Rotary(2 * len(own), None, own.float().to(device), factor, rope.interleaved)
+    told = found.cos_sin(torch.tensor(TRIED, device=device))
+    near = all(torch.allclose(x, y, atol=1e-3) for x, y in zip(told, (cos, sin), strict=True))
+    return found if near else None
+
+
+def _in_pairs(up: Tensor, rotary: Rotary) -> Tensor:
+    """A basis in the order that kernels read, made once."""
+    if up not in _paired:
+        _paired[up] = paired_basis(up, rotary)
+    found: Tensor = _paired[up]
+    return found

@@ -35,6 +35,14 @@ def top(gram: Tensor, rank: int) -> Tensor:
     return torch.where(largest < 0, -found, found)
 
 
+def span(gram: Tensor, rank: int) -> Tensor:
+    """About the same subspace as `top`, in no order: much faster for many channels on a GPU."""
+    if gram.is_meta or not subspace.pays(gram, rank):
+        return top(gram, rank)
+    flat = [subspace.spanning(one, rank) for one in gram.flatten(0, -3)]
+    return torch.stack(flat).to(gram.dtype).reshape(*gram.shape[:-1], rank)
+
+
 def root(weight: Tensor) -> Tensor:
     """The symmetric root [*, D, D] of a weight [*, D, D], of full rank."""
     values, vectors = torch.linalg.eigh(weight)

@@ -13,6 +13,7 @@ from kvtune import lowrank, recipe
 from kvtune.cache import load
 from kvtune.layer import CompressedLayer
 from kvtune.models import ropes
+from kvtune.rope import Rope
 
 DEROPE = '{ use = "derope" }'
 
@@ -48,6 +49,7 @@ def written(keys: str, values: str, more: str = "") -> recipe.Recipe:
 @torch.no_grad()
 def answers(model: Any, made: recipe.Recipe, tokens: Tensor, how: str, prompt: int = 150) -> Tensor:
     """Returns the logits of tokens behind a prompt."""
+    tokens = tokens.to(model.device)
     with implementation(how):
         cache = load(made, model)
         found = [model(tokens[:, :prompt], past_key_values=cache).logits[:, -1:]]
@@ -61,7 +63,9 @@ def answers(model: Any, made: recipe.Recipe, tokens: Tensor, how: str, prompt: i
 @pytest.fixture
 def half(model_of: Any) -> Any:
     """Returns a tiny Llama in bfloat16, whose kernels run in the interpreter."""
-    return model_of("llama", num_hidden_layers=2, initializer_range=0.1).bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = model_of("llama", num_hidden_layers=2, initializer_range=0.1)
+    return made.bfloat16().to(device)
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_quantised_latents_are_decoded(half: Any, draw: Any, read: list[int]) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "glm4"])
-def test_a_table_of_turns_is_the_models_own(name: str, model: Any) -> None:
+def test_turns_are_the_models_own(name: str, model: Any) -> None:
     rope = ropes(model)[0]
     rotary = lowrank.rotary_of(rope, 40, torch.device("cpu"))
     keys = torch.randn(1, 2, 40, model.config.head_dim)
@@ -119,3 +123,27 @@ def test_a_table_of_turns_is_the_models_own(name: str, model: Any) -> None:
     turned = rotary.turn(keys, positions.expand(1, 2, 40))
     torch.testing.assert_close(turned, rope.turn(keys, positions), atol=5e-3, rtol=5e-3)
     assert lowrank.rotary_of(rope, 4000, torch.device("cpu")) is rotary
+
+
+def test_turns_that_no_frequencies_tell_are_read_from_a_table(llama: Any) -> None:
+    rope = ropes(llama)[0]
+    stretched = Rope(Stretched(rope.module))
+    rotary = lowrank.rotary_of(stretched, 40, torch.device("cpu"))
+    assert rotary.table is not None and len(rotary.table) >= 40
+    keys, positions = torch.randn(1, 2, 40, 64), torch.arange(40)
+    turned = rotary.turn(keys, positions.expand(1, 2, 40))
+    torch.testing.assert_close(turned, stretched.turn(keys, positions), atol=5e-3, rtol=5e-3)
+    longer = lowrank.rotary_of(stretched, 5000, torch.device("cpu"))
+    assert longer.table is not None and len(longer.table) >= 5000
+
+
+class Stretched(torch.nn.Module):
+    """An embedding that turns half as fast as its frequencies say."""
+
+    def __init__(self, own: torch.nn.Module) -> None:
+        super().__init__()
+        self.own, self.inv_freq = own, own.inv_freq
+
+    def forward(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.own(like, positions / 2)
+        return found

@@ -59,6 +59,16 @@ def test_its_columns_are_orthonormal_and_the_strongest_come_first(spectrum: str)
     assert (energy[1:] <= energy[:-1] + 1e-4 * energy[0]).all()
 
 
+@pytest.mark.parametrize("rank", [16, 48])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_span_leaves_hardly_more_than_eigenvectors_do(spectrum: str, rank: int) -> None:
+    gram = matrix(spectrum)
+    whole, best = gram.double().trace(), torch.linalg.eigvalsh(gram.double())[-rank:].sum()
+    basis = subspace.spanning(gram, rank)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank), atol=2e-5, rtol=0)
+    assert whole - kept(gram, basis).sum() <= 1.1 * (whole - best) + 1e-5 * whole
+
+
 def test_the_seed_decides_the_basis() -> None:
     gram = matrix("slow")
     assert torch.equal(subspace.strongest(gram, 32, 5), subspace.strongest(gram, 32, 5))

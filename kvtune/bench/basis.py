@@ -45,6 +45,7 @@ class Cost:
     project: float
     prefill: float
     kept: float  # of what eigenvectors keep, the least of keys and values
+    left: float  # times what eigenvectors leave, the most of both
 
     @property
     def seconds(self) -> float:
@@ -69,23 +70,25 @@ def measure(model: Any, shape: Shape, say: Callable[..., None], repeats: int = 3
     prefill = _seconds(lambda: _prefill(model, shape.tokens), device, repeats)
     say("prefill", 1, 2)
     spent = {"gram": 0.0, "top": 0.0, "project": 0.0}
-    kept = 1.0
+    kept, left = 1.0, 1.0
     for rank, slope in ((shape.key_rank, 1.0), (shape.value_rank, 0.5)):
         x = prompt(shape, slope, device, model.dtype)
         gram = spectral.gram(x)
-        basis = spectral.top(gram, rank)
+        basis = spectral.span(gram, rank)
         narrow = basis.to(x.dtype)
         work: dict[str, Callable[[], object]] = {
             "gram": partial(spectral.gram, x),
-            "top": partial(spectral.top, gram, rank),
+            "top": partial(spectral.span, gram, rank),
             "project": partial(torch.matmul, x, narrow),
         }
         for name, call in work.items():
             spent[name] += shape.groups * _seconds(call, device, repeats)
-        best = torch.linalg.eigvalsh(gram)[0, -rank:].sum()
-        kept = min(kept, float((basis[0] * (gram[0] @ basis[0])).sum() / best))
+        best = float(torch.linalg.eigvalsh(gram)[0, -rank:].sum())
+        own = float((basis[0] * (gram[0] @ basis[0])).sum())
+        whole = float(gram[0].trace())
+        kept, left = min(kept, own / best), max(left, (whole - own) / (whole - best))
     say("prefill", 2, 2)
-    return Cost(**spent, prefill=prefill, kept=kept)
+    return Cost(**spent, prefill=prefill, kept=kept, left=left)
 
 
 def prompt(shape: Shape, slope: float, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -62,8 +62,9 @@ def basis(
     out.print(
         table,
         f"{shape.groups} groups of {group} layers, {group * width} channels, ranks {key_rank} and "
-        f"{value_rank}, {context:,} tokens; at most 5 %: {met}; the bases keep {cost.kept:.5f} of "
-        f"what eigenvectors keep; {', '.join(ran_on.values())}",
+        f"{value_rank}, {context:,} tokens; at most 5 %: {met}; the bases keep {cost.kept:.4f} of "
+        f"what eigenvectors keep and leave {cost.left:.3f} times what they leave; "
+        f"{', '.join(ran_on.values())}",
     )
     write(output, out)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvtune.marks import Share
 from kvtune.parts import Code, Sharer, Site, Up
-from kvtune.spectral import gram, top
+from kvtune.spectral import gram, span
 
 PACKED = 8  # channels of any bits that fill whole bytes, so that every rank can be quantised
 RANKS = (0.0625, 0.09375, 0.140625, 0.1875, 0.28125, 0.375, 0.5)
@@ -58,7 +58,7 @@ class Xkv(Sharer):
             flat = flat - mean
             found["mean"] = mean.to(dtype).reshape(shape)
         _, rank = self.shape(sites[0].side, len(layers), heads, head_dim)
-        basis = top(gram(flat), rank).to(dtype).contiguous()
+        basis = span(gram(flat), rank).to(dtype).contiguous()
         return found | {"basis": basis.reshape(*shape, rank)}
 
     def fold(self, layers: tuple[Tensor, ...], sites: tuple[Site, ...]) -> Code:
