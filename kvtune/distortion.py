@@ -34,12 +34,12 @@ def distortions(bench: Bench, layer: int, choices: Opened) -> Tensor:
         _stored(bench, layer, choices, "values", index) for index in range(len(choices.values))
     ]
     table = torch.zeros(len(stored_keys), len(stored_values), 4)
+    table[:, :, 1] = torch.tensor([float(_relative(values, own)) for own in stored_values])
     for i, other_keys in enumerate(stored_keys):
         other = probabilities(query, other_keys)
+        table[i, :, 0] = _relative(keys, other_keys)
+        table[i, :, 2] = (attention - other).abs().mean()
         for j, other_values in enumerate(stored_values):
-            table[i, j, 0] = _relative(keys, other_keys)
-            table[i, j, 1] = _relative(values, other_values)
-            table[i, j, 2] = (attention - other).abs().mean()
             table[i, j, 3] = _relative(out, _read(other, other_values))
     return table
 

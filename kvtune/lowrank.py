@@ -81,7 +81,8 @@ def _raised(out: Tensor, back: Up) -> Tensor:
     if back.mean is not None:
         mean = back.mean if back.mean.ndim == 3 else back.mean[None]
         found = found + mean.float()[:, :, None]
-    return found.flatten(1, 2)
+    raised: Tensor = found.flatten(1, 2)
+    return raised
 
 
 def rotary_of(rope: Rope, length: int, device: torch.device) -> Rotary:

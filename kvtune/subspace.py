@@ -61,7 +61,8 @@ def strongest(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
         image = wide @ block
     inner = block.T @ image
     _, turn = torch.linalg.eigh((inner + inner.T) / 2)
-    return block @ turn.flip(-1)[:, :rank]
+    found: Tensor = block @ turn.flip(-1)[:, :rank]
+    return found
 
 
 def orthonormal(block: Tensor) -> Tensor:
@@ -76,7 +77,8 @@ def orthonormal(block: Tensor) -> Tensor:
             inner.diagonal().add_(shift)
             factor, failed = torch.linalg.cholesky_ex(inner, upper=True)
             if failed:  # fewer directions than columns
-                return torch.linalg.qr(block)[0]
+                reflected: Tensor = torch.linalg.qr(block)[0]
+                return reflected
             block = torch.linalg.solve_triangular(factor, block, upper=True, left=False)
     return block
 
@@ -90,7 +92,8 @@ def _filtered(gram: Tensor, block: Tensor) -> Tensor:
     cut = max(cut, 1e-6 * high, 1e-30)
     growth = math.acosh(max(2 * high / cut - 1, 1 + 1e-6))
     degree = max(1, min(DEGREE, int(math.acosh(REACH) / growth)))
-    old, new = block, image * (2 / cut) - block
+    old: Tensor = block
+    new: Tensor = image * (2 / cut) - block
     for _ in range(degree - 1):
         old, new = new, torch.sub((gram @ new).mul_(4 / cut).sub_(new, alpha=2), old)
     return new

@@ -153,6 +153,7 @@ def test_a_table_is_measured_from_timings(home: Path) -> None:
         4,
         1,
     )
-    assert said[-1] == ("latency table", 3, 3) and "device" not in made.versions
+    assert said[-1] == ("latency table", 4, 4) and "device" not in made.versions
+    assert [cell.rank for cell in made.ranks] == [64]
     made.save()
     assert latency.load(made.device, 4, 1, 128) == made

@@ -99,6 +99,6 @@ def test_the_verb_tells_every_case_with_its_bytes(kv: Any, tmp_path: Path) -> No
     assert (tmp_path / "rows.json").is_file()
     said = kv(*words)
     assert said.code == 0
-    for told in ("calibrated", "prompt", "kq", "equal bytes", "after"):
+    for told in ("Rank, basis and metric", "Heads that share", "before and after RoPE", "bases"):
         assert told in said.out
     assert kv(*words, "--context", "4k").code == 2

@@ -99,7 +99,9 @@ def test_kernels_are_told_in_tables_and_json(
     found = kv.json("bench", "kernels", *small, "--formats", "k4v2")["data"]
     assert [case["context"] for case in found["cases"]] == [320, 420]
     assert "k4g128v2g64 B=1 N=320 4/2x64" in kv("bench", "kernels", *small).out
-    saved = kv.json("bench", "kernels", "--table", *small)["data"]["table"]
+    measured = kv.json("bench", "kernels", "--table", *small)["data"]
+    saved = measured["table"]
+    assert {row["rank"] for row in measured["ranks"]} == {64}
     assert Path(saved).is_file() and Path(saved).parent == home / "latency"
     monkeypatch.setattr("kvtune.bench.cases.ACCEPTANCE", tuple(map(tiny_row, ACCEPTANCE)))
     rows = kv.json("bench", "kernels", "--rows", "1,11")["data"]["rows"]

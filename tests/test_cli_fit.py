@@ -10,9 +10,10 @@ import pytest
 from cli_tiny import kv as kv
 
 from kvtune import recipe as recipes
-from kvtune import space
+from kvtune import space, trainer
 from kvtune.models import Facts, LayerFacts
 from kvtune.tensors import Artifact
+from kvtune.training import train
 
 TEMPLATE = """kvtune = 1
 name = "either"
@@ -130,3 +131,59 @@ def test_what_cannot_be_fitted_is_said(
     done = kv(*(str(tuned) if word == "RUN" else word for word in words))
     assert done.code == code
     assert said in done.told
+
+
+TAUGHT = ("--sequences", "2", "--context", "128", "--continuation", "16", "--steps", "4")
+
+
+def test_fit_trains_with_the_model_and_goes_on_where_it_was(
+    tuned: Path, place: Path, kv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("fit", "cskv-80-int4", "--profile", tuned, "--model", place / "model")
+    words = (*words, "--data", place / "text.txt", *TAUGHT, "-o", place / "trained")
+
+    def stop(layer: int, *rest: Any) -> Any:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return train(layer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train", stop)
+        stopped = kv(*words)
+    assert stopped.code == 130
+    assert "what was finished is saved" in stopped.told and "To go on, run: kvtune" in stopped.told
+    assert not (place / "trained" / "recipe.toml").exists()
+    said = kv(*words)
+    assert said.code == 0 and "training layers" in said.err
+    found = kv.json(*words)["data"]
+    assert found["trained"]["layers"] == 2
+    assert found["trained"]["after"] < found["trained"]["before"]
+    again = kv(*words)
+    assert "training layers" not in again.err, "all layers were done"
+    said = kv("apply", place / "trained", "--model", place / "model", "--prompt", "print")
+    assert said.code == 0, said.err
+
+
+def test_fit_without_the_model_is_the_closed_form_in_words(
+    tuned: Path, place: Path, kv: Any
+) -> None:
+    said = kv("fit", "cskv-50", "--profile", tuned, "-o", place / "closed")
+    assert said.code == 0, said.err
+    assert "cskv keeps its closed form. To train it, run: kvtune fit cskv-50" in said.told
+    assert recipes.load(place / "closed").artifact
+
+
+def test_fit_with_the_model_of_a_recipe_that_trains_nothing_says_so(
+    tuned: Path, place: Path, kv: Any
+) -> None:
+    said = kv("fit", "klt-2.3", "--profile", tuned, "--model", "nowhere", "-o", place / "none")
+    assert said.code == 0, said.err
+    assert "No codec of the recipe trains" in said.told
+
+
+def test_fit_refuses_another_models_profile(tuned: Path, place: Path, kv: Any) -> None:
+    other = cli_tiny.tiny(place / "other", seed=1)
+    words = ("--profile", tuned, "--model", other, "--data", place / "text.txt", *TAUGHT)
+    said = kv("fit", "cskv-50", *words, "-o", place / "wrong")
+    assert said.code == 4
+    assert "of another model" in said.told

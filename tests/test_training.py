@@ -16,7 +16,7 @@ from kvtune.chains import Chain
 from kvtune.fit import Fitter
 from kvtune.lessons import Lesson, lessons
 from kvtune.models import facts
-from kvtune.parts import Site
+from kvtune.parts import Code, Codec, Site
 from kvtune.policy import Policy
 from kvtune.training import Course, cost, judged, names, rebuilt, train
 
@@ -28,6 +28,28 @@ CODES = {
     ),
     "turned": (({"use": "hadamard"}, {"use": "normal", "bits": 2}),) * 2,
 }
+
+
+class Gain(Codec):
+    """A newcomer: every channel times a trained number on the way out."""
+
+    fits = True
+    trains = ("gain",)
+
+    def blanks(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """A number for each channel."""
+        return {"gain": torch.empty(heads, head_dim, dtype=torch.float16, device="meta")}
+
+    def encode(self, x: Tensor, site: Site) -> Code:
+        """As it is."""
+        return Code(x.clone())
+
+    def decode(self, code: Code, site: Site) -> Tensor:
+        """Times the gain."""
+        gain = site.tensors[f"{self.name()}.gain"].to(code.body)
+        return (code.body * gain[:, None]).to(site.dtype)
+
+
 SHORT = Course(steps=30, queries=16)
 CONTEXT, AHEAD = 160, 32
 
@@ -147,3 +169,13 @@ def test_all_layers_of_a_lesson_have_the_models_shapes(model_of: Any) -> None:
     assert lesson.keys.shape == (3, known.kv_heads, CONTEXT + AHEAD, 64)
     assert lesson.query.shape == lesson.out.shape == (3, 4, AHEAD, 64)
     assert lesson.root.shape == (4 * 64, 4 * 64)
+
+
+def test_a_newcomer_that_trains_is_its_tensors_names_and_two_methods(model_of: Any) -> None:
+    """Nothing else of it is asked for: its numbers find their way back to one."""
+    model, own = tiny("llama", model_of), Policy(sinks=3, recent=7, values=Chain((Gain(),)))
+    (name,) = names(1, own)
+    start = {name: torch.full((2, 64), 0.7).half()}
+    done = train(1, own, start, lesson_of(model), None, Course(60, rate=0.03, queries=16))
+    assert done.after < 0.2 * done.before
+    assert (done.tensors[name] > start[name]).float().mean() > 0.9

@@ -39,7 +39,7 @@ TABLE_ASM = tl.constexpr(
 """
     + _TURN
 )
-# of position $3 times frequency $5, less the nearest multiple of 2 pi: within 1e-6 up to 4e5 radians
+# of position $3 times frequency $5, less the nearest multiple of 2 pi; error 1e-6 up to 4e5 radians
 ANGLE_ASM = tl.constexpr(
     """{
         .reg .f32 a, n, c, s, x, y;
@@ -87,7 +87,7 @@ def _turned(
     """Float16 keys [N, D2] after RoPE; columns 2 j and 2 j + 1 turn together."""
     if TABLED:
         at = TABLE + position.to(tl.int64)[:, None] * t_p + c[None, :]
-        if WIDTH == k.shape[1]:
+        if k.shape[1] == WIDTH:
             table = tl.load(at)
         else:
             still = (1 - c % 2).to(tl.float16)[None, :].broadcast_to(k.shape)
@@ -176,7 +176,7 @@ def attend_split(
     INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, HELD: tl.constexpr, DV: tl.constexpr,
     DV2: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr, CARRY: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head to one stretch of its tokens, one query a query head.
 
@@ -234,9 +234,6 @@ def attend_split(
     top = tl.full([C], FAR, tl.float32)
     mass = tl.zeros([N, C], tl.float32)
     acc = tl.zeros([DV2, C], tl.float32)
-    if DV > 0 and CARRY:
-        soon = _tokens(INDEX, begin, tokens, N, INDEXED)
-        v_soon = _columns(V, soon.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
     for tile in tl.range(begin, end, num_stages=STAGES):
         if AHEAD:
             _fetch(A, later, a_t, R)
@@ -244,10 +241,7 @@ def attend_split(
         live = tile * N + tl.arange(0, N) < tokens
         token = _tokens(INDEX, tile, tokens, N, INDEXED)
         if DV > 0:
-            if CARRY:
-                soon = _tokens(INDEX, tile + 1, tokens, N, INDEXED)
-            else:
-                v = _columns(V, token.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
+            v = _columns(V, token.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
         row = token.to(tl.int64)[:, None] * a_t
         if UP:
             k = k0.broadcast_to(N, D2)
@@ -272,9 +266,7 @@ def attend_split(
         top = peak
         p = tl.exp2(s - top[None, :])
         mass = mass * fade[None, :] + p
-        if DV > 0:  # values come one tile ahead
-            if CARRY:
-                v = v_soon
+        if DV > 0:
             if SCALED:
                 p *= tl.load(VS + token).to(tl.float32)[:, None] * LIFT
                 if ASM:
@@ -283,8 +275,6 @@ def attend_split(
                     )
             if not ASM:
                 v = v.to(tl.float32)
-            if CARRY:
-                v_soon = _columns(V, soon.to(tl.int64)[:, None] * v_t, channel_v, DV, DV < DV2)
             acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
     some = top > FAR
     total = tl.where(some, tl.sum(mass, 0), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ if triton is not None:
     from kvtune_kernels import latents as kernels
     from kvtune_kernels import paged
 
+__all__ = ["Rotary", "attend_latents", "paired_basis", "unsupported_latents"]
+
 HIGHEST = 512  # rank
 HELD = 1 << 15  # numbers of `up` that a program holds, at most
 
@@ -42,8 +45,9 @@ def attend_latents(
     or [B]), or all T in order; the token at index i has position start + i, `start` one number or
     int [B]. `latents` [B, T, r] belong to all kv heads, or [B, G, T, r] to groups of them; `up` is
     [H, r, D], or [B, H, r, D] where each row has a basis of its own; `mean` [H, D] or [B, H, D].
-    With `paired`, `up` comes from `paired_basis`. `values` [B, G, T, Dv] in 16 bits, or int8 times `value_scales` [B, G, T]; None asks for the
-    log-sum-exp alone. `query` is after RoPE, `rotary` None where there is none.
+    With `paired`, `up` comes from `paired_basis`. `values` [B, G, T, Dv] in 16 bits, or int8 times
+    `value_scales` [B, G, T]; None asks for the log-sum-exp alone. `query` is after RoPE, `rotary`
+    None where there is none.
 
     Without `up`, latents are what the query meets: [B, Hq, r] absorbed (q up^T) of models without
     RoPE, or plain keys; and values may be latents as well: then the answer is theirs, [B, Hq, rv].
@@ -58,7 +62,7 @@ def attend_latents(
 
     Sources: ShadowKV (arXiv:2410.21465), Palu (arXiv:2407.21118), xKV (arXiv:2503.18893).
     """
-    _check(query, latents, up, values, index)
+    _check(query, latents, up, values, index, rotary)
     more = (rotary, mean, index, counts, start, scale, value_scales, paired)
     if not _runs_triton(query, latents, up, values):
         return latents_reference.attend_latents(query, latents, up, values, *more)
@@ -66,8 +70,9 @@ def attend_latents(
 
 
 def _check(
-    query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None, index: Tensor | None
-) -> None:
+    query: Tensor, latents: Tensor, up: Tensor | None, values: Tensor | None, index: Tensor | None,
+    rotary: Rotary | None,
+) -> None:  # fmt: skip
     rank, (batch, query_heads, dim) = latents.shape[-1], query.shape
     heads = latents_reference.head_count(latents, up, values, index)
     wanted = dim if up is None else up.shape[-2]
@@ -75,6 +80,12 @@ def _check(
         raise ValueError(f"latents of rank {rank} meet {wanted} numbers of each query or basis")
     if up is not None and up.shape[-1] != dim:
         raise ValueError(f"a basis to {up.shape[-1]} channels meets queries of {dim}")
+    if rotary is not None and rotary.table is None and rotary.frequency is None:
+        raise ValueError("a Rotary needs a table or frequencies")
+    if rotary is not None and (up is None or rotary.width > dim):
+        raise ValueError(
+            f"{rotary.width} channels cannot turn of keys that have {dim}, or no basis"
+        )
     if query_heads % heads:
         raise ValueError(f"{query_heads} query heads are no multiple of {heads} kv heads")
     for name, x in (("latents", latents), ("values", values)):
@@ -130,11 +141,10 @@ def _launched(
     tokens = latents.shape[2] if index is None else index.shape[2]
     first, rest = pieces(rank)
     wide = triton.next_power_of_2(dim) if up is not None else 32
-    keeps = (first + rest) * wide <= HELD or up is None
-    plan = tuned(wide, first + rest, keeps, triton.next_power_of_2(max(width, 16)), share)
-    splits = split_count(
-        batch * heads, -(-tokens // plan["N"]), slots(query.device, plan["num_warps"])
-    )
+    keeps = (first + (rest if rank > first else 0)) * wide <= HELD or up is None
+    plan = tuned(share)
+    room = slots(query.device, plan["num_warps"])
+    splits = split_count(batch * heads, -(-tokens // plan["N"]), room)
     out, lse = workspace.partial(batch * query_heads * splits, width or 16, query.device)
     if up is not None and rotary is not None and not paired:
         up = paired_basis(up, rotary)
@@ -144,7 +154,8 @@ def _launched(
     scales = None if value_scales is None else value_scales.contiguous()
     turns = rotary if rotary is not None else Rotary(0)
     tabled = turns.table is not None
-    kernels.attend_split[(heads, splits, batch)](
+    launch = functools.partial(
+        kernels.attend_split[(heads, splits, batch)],
         query, latents, up, _or(mean, query), held, _or(scales, query), _or(index, lse),
         _or(counts, lse), start if isinstance(start, Tensor) else lse,
         _or(turns.table, lse), _or(turns.frequency, lse), out, lse,
@@ -158,10 +169,11 @@ def _launched(
         COUNTED=counts is not None, STARTED=isinstance(start, Tensor), SCALED=scales is not None,
         TURNS=rotary is not None, TABLED=tabled, INTERLEAVED=turns.interleaved,
         WIDTH=turns.width, D=dim, D2=wide, R=rank, R1=first if keeps else 64, R2=rest,
-        HELD=keeps, DV=width, DV2=triton.next_power_of_2(max(width, 16)), ASM=not portable(),
-        EARLY=early(query.device),
-        AHEAD=fetches(latents), **plan,
+        HELD=keeps, DV=width, DV2=triton.next_power_of_2(max(width, 16)),
+        EARLY=early(query.device), AHEAD=early(query.device), **plan,
     )  # fmt: skip
+    if portable() or not in_pairs(launch(ASM=True)):
+        launch(ASM=False)
     # without values there is nothing to join but the log-sum-exp, beside channels that nobody wrote
     size = width or 16
     result = torch.empty(batch, query_heads, size, dtype=query.dtype, device=query.device)
@@ -188,15 +200,22 @@ def pieces(rank: int) -> tuple[int, int]:
     return first, triton.next_power_of_2(max(16, rank - first))
 
 
-def tuned(wide: int, rank: int, held: bool, width: int, share: int) -> dict[str, int]:
-    """Tokens and query columns of a tile, its stages and warps."""
-    columns = max(8, triton.next_power_of_2(share))
-    return {"N": 64, "C": columns, "STAGES": 2, "num_warps": 4, "CARRY": False}
+def tuned(share: int) -> dict[str, int]:
+    """Tokens and query columns of a tile, its stages and warps: so that two programs fit a
+    multiprocessor at rank 160, where one more stage or twice the tokens were slower."""
+    return {"N": 64, "C": max(8, triton.next_power_of_2(share)), "STAGES": 2, "num_warps": 4}
 
 
-def fetches(latents: Tensor) -> bool:
-    """Whether latents can be asked for ahead of their use: in inline PTX, which GPUs know."""
-    return early(latents.device)
+@functools.cache
+def in_pairs(kernel: object) -> bool:
+    """Whether a compiled kernel holds neighbouring channels side by side where inline PTX turns
+    them: the sums of a product do, of whichever generation."""
+    text = getattr(kernel, "asm", {}).get("ttgir", "")
+    turned = re.findall(r"packed_element = 2 .*-> tensor<[^#]*(#\w+)", text)
+    sound = all(re.search(rf"{layout} = #ttg.nvidia_mma<", text) for layout in turned)
+    if not sound:
+        say_once("kvtune turns low-rank keys without inline PTX: this Triton lays out sums anew.")
+    return sound
 
 
 @functools.cache

@@ -13,8 +13,8 @@ class Rotary(NamedTuple):
     """How the first `width` channels of a key turn with its position (RoPE, arXiv:2104.09864).
 
     Either a `table` fp16 [P, width] of cosines and sines by position (see `of`), or `frequency`
-    fp32 [width / 2] in radians a position, times `factor` (YaRN's attention factor): then nothing is
-    read. Channel j turns with j + width / 2, or, interleaved, 2 j with 2 j + 1.
+    fp32 [width / 2] in radians a position, times `factor` (YaRN's attention factor): then nothing
+    is read, which is faster. Channel j turns with j + width / 2, or, interleaved, 2 j with 2 j + 1.
     """
 
     width: int

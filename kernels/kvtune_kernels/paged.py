@@ -243,8 +243,8 @@ def _some_parts(
 @triton.jit(do_not_specialize=["batch", "heads", "share", "count", "parts"])
 def merge(
     OUT, LSE, RESULT, TOLD, BEFORE, STATE, r_b, r_h, r_m, batch, heads, share, count, parts,
-    ADVANCE: tl.constexpr, TELL: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
-    FEW: tl.constexpr, EARLY: tl.constexpr,
+    ADVANCE: tl.constexpr, TELL: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    PARTS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Joins partial results by log-sum-exp: one program for each query and query head.
 

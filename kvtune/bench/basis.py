@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,9 +76,9 @@ def measure(model: Any, shape: Shape, say: Callable[..., None], repeats: int = 3
         basis = spectral.top(gram, rank)
         narrow = basis.to(x.dtype)
         work: dict[str, Callable[[], object]] = {
-            "gram": lambda x=x: spectral.gram(x),
-            "top": lambda gram=gram, rank=rank: spectral.top(gram, rank),
-            "project": lambda x=x, narrow=narrow: x @ narrow,
+            "gram": partial(spectral.gram, x),
+            "top": partial(spectral.top, gram, rank),
+            "project": partial(torch.matmul, x, narrow),
         }
         for name, call in work.items():
             spent[name] += shape.groups * _seconds(call, device, repeats)

@@ -14,6 +14,8 @@ from kvtune_kernels import Format
 
 from kvtune.bench.cases import Case, Shape, pair
 from kvtune.bench.kernels import Lab, Timing
+from kvtune.bench.latents import Case as LatentCase
+from kvtune.bench.latents import time as time_latents
 from kvtune.errors import IntegrityError, MissingInputError
 from kvtune.files import cache_home, write_atomic
 
@@ -21,6 +23,7 @@ FORMAT = 1
 BITS = (2, 3, 4, 8)
 GROUP, USUAL = 64, 4  # keys are grouped so where bits vary; bits are these where groups vary
 BATCHES, CONTEXTS = (1, 8), (4096, 32768)
+RANKS = (64, 128, 160, 256)  # of all kv heads' keys together
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class RankCell:
+    """Attention of one layer to low-rank keys and 16-bit values of all tokens, in microseconds."""
+
+    rank: int
+    batch: int
+    context: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
 class Table:
     """All cells of one device and one shape of heads."""
 
@@ -53,11 +66,13 @@ class Table:
     versions: dict[str, str]
     cells: tuple[Cell, ...]
     methods: dict[str, str] = field(default_factory=dict)  # how a GPU reads each: see `reading`
+    ranks: tuple[RankCell, ...] = ()  # tables that were measured before have none
 
     def save(self) -> Path:
         """Writes the table into the cache folder; returns its file."""
         file = path(self.device, self.heads, self.kv_heads, self.head_dim)
         held = {**vars(self), "kvtune_latency": FORMAT, "cells": [_plain(c) for c in self.cells]}
+        held["ranks"] = [vars(cell) for cell in self.ranks]
         write_atomic(file, json.dumps(held, indent=1, allow_nan=False).encode())
         return file
 
@@ -92,14 +107,27 @@ def measure(
     lab: Lab, wanted: list[Case], versions: dict[str, str], say: Callable[..., None]
 ) -> Table:
     """Times the cases of one shape of heads."""
-    cells = []
+    cells, ranks = [], []
+    latents = rank_cases(wanted)
+    count = len(wanted) + len(latents)
     for done, case in enumerate(wanted):
-        say("latency table", done, len(wanted))
+        say("latency table", done, count)
         cells.append(Cell.of(lab.attention(case)))
-    say("latency table", len(wanted), len(wanted))
+    for done, low in enumerate(latents, len(wanted)):
+        say("latency table", done, count)
+        took = time_latents(lab, low).microseconds
+        ranks.append(RankCell(low.rank, low.shape.batch, low.shape.context, took))
+    say("latency table", count, count)
     shape, others = wanted[0].shape, {k: v for k, v in versions.items() if k != "device"}
     heads = shape.heads, shape.kv_heads, shape.head_dim
-    return Table(versions["device"], *heads, others, tuple(cells))
+    return Table(versions["device"], *heads, others, tuple(cells), ranks=tuple(ranks))
+
+
+def rank_cases(wanted: list[Case]) -> list[LatentCase]:
+    """Low-rank keys at the shapes of other cases, in their order."""
+    shapes = dict.fromkeys(case.shape for case in wanted)
+    most = wanted[0].shape.kv_heads * wanted[0].shape.head_dim
+    return [LatentCase(shape, rank) for rank in RANKS if rank < most for shape in shapes]
 
 
 def path(device: str, heads: int, kv_heads: int, head_dim: int) -> Path:
@@ -137,6 +165,7 @@ def read(file: Path, again: str) -> Table:
         if held.pop("kvtune_latency") != FORMAT:
             raise ValueError("it has another format")
         held["cells"] = tuple(_cell(cell) for cell in held["cells"])
+        held["ranks"] = tuple(RankCell(**cell) for cell in held.get("ranks", ()))
         return Table(**held)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{file} is damaged: {error}.", again) from None

@@ -47,7 +47,7 @@ class Case:
         )
 
     def floor_bytes(self) -> int:
-        """What has to move: latents once for each token that any head reads, values of each head."""
+        """What has to move: latents once for each token that heads read, values of each head."""
         s, count = self.shape, self.tokens if self.reads != "all" else self.shape.context
         own = s.kv_heads if self.reads == "own" else 1
         latents = s.batch * own * count * self.rank * 2

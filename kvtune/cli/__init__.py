@@ -22,8 +22,10 @@ def build() -> typer.Typer:
         bench,
         bench_basis,
         bench_codecs,
+        bench_cskv,
         bench_latents,
         bench_lowrank,
+        bench_pack,
         bench_search,
         bench_sharing,
         bench_tiers,
@@ -31,10 +33,12 @@ def build() -> typer.Typer:
         doctor,
         fit,
         methods,
+        pack,
         recipe,
         report,
         search,
         tune,
+        unpack,
     )
     from kvtune.cli.verb import add
 
@@ -52,6 +56,8 @@ def build() -> typer.Typer:
     add(app, fit.fit, "fit")
     add(app, apply.apply, "apply")
     add(app, report.report, "report")
+    add(app, pack.pack, "pack")
+    add(app, unpack.unpack, "unpack")
     recipes = typer.Typer(help="Read, check, compare and import recipes; no model is loaded.")
     for name, work in recipe.VERBS.items():
         add(recipes, work, name, f"recipe.{name}")
@@ -67,10 +73,12 @@ def build() -> typer.Typer:
         bench_search,
         bench_codecs,
         bench_lowrank,
+        bench_cskv,
         bench_tiers,
         bench_latents,
         bench_basis,
         bench_sharing,
+        bench_pack,
     )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")

@@ -177,12 +177,14 @@ def _time_grid(out: Output, lab: Lab, cases: list[Case]) -> None:
 
 def _save_table(out: Output, lab: Lab, cases: list[Case], ran_on: dict[str, str]) -> None:
     from kvtune.bench.latency import measure
+    from kvtune.bench.ranks import rule
     from kvtune.reading import readings
 
     measured = measure(lab, cases, ran_on, out.say)
     saved = replace(measured, methods={**readings(measured.head_dim)}).save()
-    out.data["table"] = str(saved)
-    out.print(f"The latency table is saved: {saved}")
+    compared = rule(measured)
+    out.data |= {"table": str(saved), "ranks": [one._asdict() for one in compared]}
+    out.print(timings.ranks(compared), f"The latency table is saved: {saved}")
 
 
 def decode(

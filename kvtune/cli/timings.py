@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvtune.bench.cases import Goal
     from kvtune.bench.decode import Run
     from kvtune.bench.kernels import Timing, Verdict
+    from kvtune.bench.ranks import Compared
 
 SHOWN = {
     "microseconds": "{:.1f} us",
@@ -88,6 +89,17 @@ def cases(found: Iterable[Timing]) -> Table:
             f"{one.error:.5f}",
             f"{one.dense_error:.5f}",
         )
+    return table
+
+
+def ranks(found: Iterable[Compared]) -> Table:
+    """Low-rank keys beside bits."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("rank", "batch", "tokens", "us", "keys and values in bits"):
+        table.add_column(column, justify="left" if column.startswith("keys") else "right")
+    for one in found:
+        place = (str(one.rank), str(one.batch), f"{one.context:,}")
+        table.add_row(*place, f"{one.microseconds:.1f}", one.said)
     return table
 
 

@@ -17,6 +17,7 @@ from kvtune.marks import OneOf
 from kvtune.parts import Code, Quantizer, Seen, Site
 
 TYPES = (0, 2, 3, 4, 8)  # KVTC's bits of a component, and 3
+MEASURED = 2**22  # values that the error of one kind of group is measured on, about
 FIRST = 128  # the flag of the component that a group begins at
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -151,7 +152,8 @@ class Kvtc(Quantizer):
 
 def _measured(sample: Tensor, energies: Floats, size: int, bits: int) -> Floats:
     """The mean squared error [D - size + 1] of each group that may be, over tokens [n, D]."""
-    groups = sample.unfold(-1, size, 1)
+    every = max(1, sample.numel() * size // MEASURED)
+    groups = sample[::every].unfold(-1, size, 1)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(1e-30)
     left = ((groups - low) / step).round() * step + low - groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvtune.packing.fitting import find_ropes
 from kvtune.packing.layout import columns, heads, turned
 
 STEP = 2e-4  # roots of nats a token
+SINKS = 1  # first tokens that are exact; that the next three were gained nothing on the demo model
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,12 +44,12 @@ def pack(
 ) -> bytes:
     """Returns the file of a cache that holds one prefix, from position 0 on.
 
-    The first tokens (the codec's sinks) are exact in 16 bits; so are the last 128 under `kvtc`,
-    while `entropy` gives the last 512 ever finer steps. Sliding layers are stored as they are.
+    The first token is exact, in 16 bits, and the last 512 have ever finer steps; `kvtc` keeps the
+    first 4 and the last 128 exact. Sliding layers are stored as they are.
 
     Args:
         cache: of full-attention layers [1, H, T, D] and sliding ones, in any dtype that torch has.
-        tokens: ids [T] of the prefix, which go along.
+        tokens: ids [T] of the prefix, which go along; [T + 1] with the one that comes next.
         step: of all components; half of it costs about one bit more for each that is not silent.
         bits: for each value of the cache, all bytes counted; in place of a step.
         coding: "entropy", or "kvtc" for KVTC's own groups and DEFLATE, which wants `bits`.
@@ -75,8 +76,9 @@ def pack(
     sections = whole.others(cache, known)
     if tokens is not None:
         sections[whole.IDS], facts_of[whole.IDS] = whole.ids(tokens)
-    last = kvtc.RECENT if coding == "kvtc" else 0
-    scheme = Scheme(step, first=codec.sinks, last=last)
+        facts_of["ids"] = tokens.numel()
+    first, last = (kvtc.SINKS, kvtc.RECENT) if coding == "kvtc" else (SINKS, 0)
+    scheme = Scheme(step, first=first, last=last)
     found, middle = [], scheme.coded(length)
     for number, pair in enumerate(codec.spans):
         keys = columns(_held(cache, "keys"), pair[0].layers, turns)
@@ -84,7 +86,7 @@ def pack(
         both = torch.cat([keys, values], 1)
         ends = torch.cat([both[: middle.start], both[middle.stop :]])
         sections[f"{number}.exact"] = exact(ends, sixteen)
-        found.append(components(pair, keys[middle], values[middle]))
+        found.append(components(pair, keys[middle], values[middle], step))
     made = _Body(found, scheme, sections, facts_of)
     if bits is not None:
         scheme = made.within(bits * whole.values(known, length) / 8, codec)
@@ -123,8 +125,11 @@ class _Body:
             raise UsageError(what, "Give more --bits or a smaller --ratio.")
         if self.facts["coding"] == "kvtc":
             return self._grouped(nbytes - fixed, codec)
-        sized = lambda step: len(self.file(Scheme(step, first=self.scheme.first)))  # noqa: E731
-        return Scheme(step_for(nbytes, self.scheme.step, sized), first=self.scheme.first)
+
+        def sized(step: float) -> int:
+            return len(self.file(replace(self.scheme, step=step)))
+
+        return replace(self.scheme, step=step_for(nbytes, self.scheme.step, sized))
 
     def _grouped(self, nbytes: float, codec: Codec) -> Scheme:
         tokens = max(1, len(self.found[0]))
@@ -148,7 +153,7 @@ def header(data: bytes) -> dict[str, Any]:
 
 
 def prompt(data: bytes) -> Tensor | None:
-    """The ids [T] of the prefix, where they went along.
+    """The ids of the prefix [T], or [T + 1] with the next one, where they went along.
 
     Raises:
         IntegrityError: any byte was changed, or their hash differs.

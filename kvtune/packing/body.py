@@ -42,9 +42,9 @@ class Scheme:
 
 
 @torch.no_grad()
-def components(pair: Pair, keys: Tensor, values: Tensor) -> Tensor:
+def components(pair: Pair, keys: Tensor, values: Tensor, step: float) -> Tensor:
     """z [T, Rk + Rv] of tokens of both sides [T, W]."""
-    return torch.cat([pair[0].forward(keys), pair[1].forward(values)], 1)
+    return torch.cat([pair[0].forward(keys, step), pair[1].forward(values, step)], 1)
 
 
 def encode(z: Tensor, scheme: Scheme, number: int) -> bytes:
@@ -69,7 +69,11 @@ def decode(data: bytes, scheme: Scheme, number: int, pair: Pair, tokens: int) ->
     else:
         z, live = coding.decode(data, tokens, rank, scheme.step)
     keys = live < cut
-    sides = (pair[0].back(z[:, keys], live[keys]), pair[1].back(z[:, ~keys], live[~keys] - cut))
+    step = scheme.step
+    sides = (
+        pair[0].back(z[:, keys], live[keys], step),
+        pair[1].back(z[:, ~keys], live[~keys] - cut, step),
+    )
     return torch.cat(sides, 1)
 
 

@@ -67,7 +67,7 @@ def settings(
     for name, value in (("step", step), ("bits", bits)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"A {name} of {value} cannot be.", "Give a positive number.")
-    if tokens is not None and tokens.numel() != length:
+    if tokens is not None and tokens.numel() not in (length, length + 1):
         raise UsageError(f"{tokens.numel()} ids were given for a cache of {length} tokens.")
 
 

@@ -45,11 +45,6 @@ class Codec:
         return bool(self.meta["pre_rope"])
 
     @property
-    def sinks(self) -> int:
-        """First tokens, unlike all others, that the spans were not fitted to."""
-        return int(self.meta["sinks"])
-
-    @property
     def nbytes(self) -> int:
         """What it takes in memory and in a file."""
         return sum(x.nbytes for _, x in self._tensors())
@@ -123,5 +118,3 @@ def _expected(spans: tuple[tuple[Span, Span], ...]) -> dict[str, tuple[int, ...]
 def _check_meta(meta: dict[str, Any]) -> None:
     if not isinstance(meta["fingerprint"], str) or not isinstance(meta["pre_rope"], bool):
         raise ValueError("it names no model")
-    if type(meta["sinks"]) is not int or not 0 <= meta["sinks"] <= 1024:
-        raise ValueError(f"it has {meta['sinks']!r} sinks")

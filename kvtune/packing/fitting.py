@@ -19,7 +19,7 @@ from kvtune.packing.weighing import weigh
 from kvtune.rope import Rope
 from kvtune.texts import Document, digest
 
-SINKS = 4
+SINKS = 4  # first tokens, unlike all others: no basis is fitted to them
 FINEST = 2e-5  # root of nats a token: components that deviate less are left out of a basis
 MOST = 8192  # components of a basis
 SIZES = Sizes(16, 2048, 64)
@@ -68,7 +68,6 @@ def fit(
         "sizes": list(sizes),
         "seed": seed,
         "pre_rope": bool(turns),
-        "sinks": sinks,
     }
     return Codec(tuple(found), meta)
 

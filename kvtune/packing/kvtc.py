@@ -16,7 +16,7 @@ from kvtune.allotting import Group, allot
 from kvtune.errors import IntegrityError
 from kvtune.packing.container import inflate
 
-RECENT = 128  # last tokens that KVTC keeps exact
+SINKS, RECENT = 4, 128  # first and last tokens that KVTC keeps exact
 TYPES = (0, 2, 4, 8)
 _SIDE = 4  # bytes of a 16-bit scale and a 16-bit shift
 

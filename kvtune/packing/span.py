@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ROUGH = 64  # steps in the largest component, of which bfloat16 rounds away less than a half
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +37,36 @@ class Span:
         """R, the components that the codec keeps."""
         return self.basis.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Components z [T, R] of tokens x [T, W]."""
-        return self.weighed(x) @ self.basis.to(x.device).float()
+    def forward(self, x: Tensor, step: float = 0.0) -> Tensor:
+        """Components z [T, R] of tokens x [T, W], as exactly as codes of a step can tell."""
+        y, basis = self.weighed(x), self.basis.to(x.device).float()
+        with self._fast(step):
+            return y @ basis
 
     def weighed(self, x: Tensor) -> Tensor:
         """(x - mean) root, [T, W]: what the basis is of."""
         centred = x.float() - self.mean.to(x.device).float()
         return blockwise(centred, self.root.to(x.device).float())
 
-    def back(self, z: Tensor, live: Tensor) -> Tensor:
+    def back(self, z: Tensor, live: Tensor, step: float = 0.0) -> Tensor:
         """Tokens x [T, W] of the components z [T, R'] that `live` [R'] names; others are 0."""
-        y = z @ self.basis.float().index_select(1, live).T
+        basis = self.basis.index_select(1, live).float()
+        with self._fast(step):
+            y = z @ basis.T
         inverse = torch.linalg.inv(self.root.double()).float()
         return blockwise(y, inverse) + self.mean.float()
+
+    @contextmanager
+    def _fast(self, step: float) -> Iterator[None]:
+        """Lets products of 32 bits round their factors to 16, where a step hides it and the machine
+        is then faster (3 times on AMX)."""
+        own = torch.get_float32_matmul_precision()
+        if float(self.deviations.max()) < ROUGH * step:
+            torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(own)
 
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:

@@ -29,10 +29,12 @@ def ids(tokens: Tensor) -> tuple[bytes, str]:
 
 
 def read_ids(held: Container) -> Tensor | None:
-    """The ids [T] of the prefix, where they went along."""
+    """The ids of the prefix, where they went along."""
     if IDS not in held.facts:
         return None
-    raw = inflate(held.section(IDS), 4 * counted(held.facts, "tokens"))
+    if counted(held.facts, "ids") > counted(held.facts, "tokens") + 1:
+        raise IntegrityError("The packed cache has more ids than tokens.")
+    raw = inflate(held.section(IDS), 4 * counted(held.facts, "ids"))
     if held.facts[IDS] != f"sha256:{sha256_bytes(raw)}":
         raise IntegrityError("The packed cache's prompt does not match its hash.")
     return torch.from_numpy(np.frombuffer(raw, dtype="<i4").astype(np.int64))
