@@ -36,7 +36,7 @@ class Svd(Projection):
     heads: Annotated[int | Literal["all"], OneOf((1, 2, 4, "all"))] = "all"
     basis: Literal["prompt", "calibrated"] = "prompt"
     metric: Literal["plain", "whitened", "queries", "kq"] = "plain"
-    centre: Literal["mean", "none"] = "mean"
+    centre: Literal["mean", "none"] = "none"
 
     fits = True
 

@@ -14,8 +14,10 @@ RANKS = (0.0625, 0.09375, 0.140625, 0.1875, 0.28125, 0.375, 0.5)
 
 
 class Xkv(Sharer):
-    """Keys before their rotary embedding, and values, of W layers stand side by side, X [T, W*H*D],
-    and X is stored as A = X V [T, r]: one row for each token, whatever the number of layers.
+    """One row of latents for each token, whatever the number of layers.
+
+    Keys before their rotary embedding, and values, of W layers stand side by side, X [T, W*H*D],
+    and X is stored as A = X V [T, r].
 
     V [W*H*D, r] are the strongest directions of the first tokens of each sequence, which a sum of
     outer products finds: nothing is ever as large as T x T. Later tokens are stored on the same V.

@@ -13,7 +13,7 @@ from method_cases import ALL, CODECS, DTYPES, HEADS, KINDS, draw, home, marked, 
 from torch import Tensor
 
 from kvtune import parts
-from kvtune.parts import Code, Codec, Part, Projection, Selector, Site
+from kvtune.parts import Borrower, Code, Codec, Part, Projection, Selector, Sharer, Site
 
 every_method = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_part = pytest.mark.parametrize("part", ALL, ids=str)
@@ -30,7 +30,8 @@ def error(codec: Codec, site: Site, x: Tensor) -> float:
 
 @every_method
 def test_a_method_is_of_a_kind_that_has_laws_here(kind: type[Part]) -> None:
-    assert issubclass(kind, Codec | Selector), f"write the laws of a {kind.kind} into this folder"
+    known = Codec | Selector | Sharer | Borrower
+    assert issubclass(kind, known), f"write the laws of a {kind.kind} into this folder"
 
 
 @every_method

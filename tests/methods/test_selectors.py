@@ -14,9 +14,9 @@ every_selector = pytest.mark.parametrize("selector", SELECTORS, ids=str)
 
 
 def seen(dtype: torch.dtype = torch.float32) -> View:
-    """Returns 40 tokens [2, 3, 40, 64] and the attention that two query heads of each paid them."""
-    keys, values = torch.randn(2, 2, 3, 40, 64, generator=torch.Generator().manual_seed(0))
-    query = torch.randn(2, 6, 40, 64, generator=torch.Generator().manual_seed(1))
+    """Returns 40 tokens [2, 4, 40, 64] and the attention that two query heads of each paid them."""
+    keys, values = torch.randn(2, 2, HEADS, 40, 64, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(2, 2 * HEADS, 40, 64, generator=torch.Generator().manual_seed(1))
     query[..., 0], keys[..., 7, 0] = 9.0, 9.0  # all queries look at token 7
     keys, values, query = keys.to(dtype), values.to(dtype), query.to(dtype)
     return View(keys, values, received(query, keys))
