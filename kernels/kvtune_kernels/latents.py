@@ -160,7 +160,8 @@ def _basis(
 @triton.jit
 def _tokens(INDEX, tile, tokens, N: tl.constexpr, INDEXED: tl.constexpr):
     """The tokens of a tile; behind the last one that one, read again rather than masked."""
-    token = tl.minimum(tile * N + tl.arange(0, N), tokens - 1)
+    last = tl.maximum(tokens, 1) - 1  # without any, fetching ahead would read before the index
+    token = tl.minimum(tile * N + tl.arange(0, N), last)
     if INDEXED:
         token = tl.load(INDEX + token)
     return token

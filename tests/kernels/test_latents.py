@@ -104,6 +104,13 @@ def test_each_head_reads_its_own_tokens_at_their_true_positions(
         assert (out[1, :2] == 0).all() and (lse[1, :2] == -math.inf).all()
 
 
+def test_rows_without_any_tokens_answer_nothing(device: torch.device) -> None:
+    counts = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    index = chosen(2, 2, LONG, 1, device)
+    out, lse = check(given(device, index=index, counts=counts))
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tabled", [False, True])
 @pytest.mark.parametrize("width", [32, 64])
