@@ -70,8 +70,8 @@ def cskv(
         table.add_row(row.maps, *numbers, f"{row.coded_flips:.1%}", spent)
     out.print(
         table,
-        f"KL in nats; {shrink:.1%} of the channels left out, four sinks and a window of 32 exact, "
-        "which codes of 64 tokens at once lengthen by up to 63.",
+        f"KL in nats; {shrink:.1%} of the channels left out, to a multiple of 8; four sinks "
+        "and a window of 32 exact, which codes of 64 tokens at once lengthen by up to 63.",
         f"{sequences} sequences of {context:,} + {continuation:,} held-out tokens; "
         f"{steps} steps a layer; {', '.join(ran_on.values())}",
     )
