@@ -38,7 +38,7 @@ def serves(policy: Policy, keys: Tensor) -> bool:
     formats = [side.format(dim) for side in (policy.keys, policy.values)]
     known = [format for format in formats if format is not None]
     if len(known) < 2:
-        if keys.is_cuda and runs_triton(dim, keys.dtype, keys.device):
+        if keys.is_cuda and not policy.low_rank and runs_triton(dim, keys.dtype, keys.device):
             say_once("Kernels read one quantiser on each side; other chains run in plain torch.")
         return False
     return runs_triton(dim, keys.dtype, keys.device, *known)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtune_kernels import say_once
 from torch import Tensor
 
 from kvtune.attention import causal
@@ -70,9 +69,7 @@ class GroupedLayer(LendingLayer):
         return twin
 
     def _fuses(self, keys: Tensor) -> bool:
-        if keys.is_cuda:
-            say_once("Kernels read no layers that store together; they run in plain torch.")
-        return False
+        return False  # rows read latents by kernels of their own where they can
 
     def _rows(self, pad: int) -> Rows:
         return GroupedRows(self.policy, self._sites, self._bond.members(self._index, pad))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kvtune_kernels import attend, runs_triton
+from kvtune_kernels import attend, runs_triton, say_once
 from torch import Tensor
 
 from kvtune import lowrank
@@ -155,6 +155,8 @@ class Rows:
             return None
         keys, values = (pages.latents(query.dtype) for pages in (self.keys, self.values))
         if keys is None or values is None or not lowrank.reads(query, keys, values):
+            if self.keys.tokens:
+                say_once("Kernels read latents of 16 bits; other low ranks run in plain torch.")
             return None
         return keys, values
 

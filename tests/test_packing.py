@@ -192,7 +192,7 @@ def test_a_hostile_file_with_a_sound_hash_is_an_error_and_no_more(
         for place in generator.integers(0, len(part), 3):
             part[place] = generator.integers(256)
         sections[name] = bytes(part[: generator.integers(1, len(part) + 1)])
-        data = Container(held.facts, sections).dump()
+        data = Container(held.facts, sections).to_bytes()
         try:
             packing.prompt(data)
             other = packing.unpack(data, model, codec)
@@ -226,7 +226,7 @@ def test_a_header_that_lies_is_an_error(
     packed: tuple[bytes, DynamicCache], lie: dict[str, Any]
 ) -> None:
     held = Container.parse(packed[0])
-    data = Container({**held.facts, **lie}, held.sections).dump()
+    data = Container({**held.facts, **lie}, held.sections).to_bytes()
     with pytest.raises(IntegrityError):
         packing.prompt(data)
         packing.unpack(data, tiny("yi"), codec_of("yi"))

@@ -134,8 +134,13 @@ def test_rows_grow_as_if_they_had_been_filled_at_once(
 
 
 @pytest.mark.parametrize("heads", [1, HEADS])
-def test_rows_hold_no_more_than_they_store(recipe_name: str, heads: int, rows_of: Any) -> None:
+def test_rows_hold_no_more_than_they_store(
+    recipe_name: str, heads: int, rows_of: Any, policy_of: Any
+) -> None:
     """With one row and one head a slice of the prompt is contiguous, and still must be copied."""
+    apart = all(chain.apart for chain in policy_of(recipe_name).chains)
+    if heads < HEADS and not apart:
+        pytest.skip("a calibrated basis is of all heads")
     rows = rows_of(recipe_name)
     keys, values = draw(1, 200)[:, :heads].clone(), draw(1, 200, seed=1)[:, :heads].clone()
     rows.fill(keys, values)

@@ -111,7 +111,7 @@ class _Body:
             "groups": [[list(group) for group in groups] for groups in scheme.groups],
         }
         coded = {f"{n}.codes": encode(z, scheme, n) for n, z in enumerate(self.found)}
-        return Container({**self.facts, **told}, {**self.sections, **coded}).dump()
+        return Container({**self.facts, **told}, {**self.sections, **coded}).to_bytes()
 
     def within(self, nbytes: float, codec: Codec) -> Scheme:
         """The scheme whose file takes about so many bytes.
@@ -119,7 +119,7 @@ class _Body:
         Raises:
             UsageError: too few for what is stored exactly.
         """
-        fixed = len(Container(self.facts, self.sections).dump())
+        fixed = len(Container(self.facts, self.sections).to_bytes())
         if nbytes <= fixed:
             what = f"{nbytes:.0f} bytes are fewer than the {fixed} of what is stored exactly."
             raise UsageError(what, "Give more --bits or a smaller --ratio.")

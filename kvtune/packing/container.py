@@ -25,7 +25,7 @@ class Container:
     facts: Mapping[str, Any]
     sections: Mapping[str, bytes]
 
-    def dump(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Returns the file: magic, length of the header, header, sections, sha256 over all."""
         names = sorted(self.sections)
         sizes = [[name, len(self.sections[name])] for name in names]
