@@ -20,7 +20,8 @@ from torch import Tensor
 SMALL = 1024  # channels up to which an eigendecomposition is as fast
 SPARE = 1.5  # vectors of a block for each one kept: what is left over makes the others converge
 ROUNDS, DEGREE = 3, 16  # filters, and products of one at most
-POWERS, LIFTS, POLISH = 2, 10, 6  # of `spanning`: products, and steps that keep columns apart
+POWERS, LIFTS, POLISH = 2, 6, 6  # of `spanning`: products, and steps that keep columns apart
+MOST, LIFTED = 14, 0.6  # steps at most, and the mean square of what need not be lifted further
 QUINTIC = (3.4445, -4.7750, 2.0315)  # y = a x + b x^3 + c x^5 takes singular values close to one
 CLOSE = 1e-3  # to one, and to nothing, are the products of its columns
 REACH = 1e5  # how much more the strongest direction may grow than the weakest in one filter
@@ -104,10 +105,12 @@ def _apart(block: Tensor) -> Tensor:
     inner = block.T @ block
     size = inner.norm().clamp_min(torch.finfo(block.dtype).tiny)
     block, inner = block / size.sqrt(), inner / size
-    for step in range(LIFTS):
+    for step in range(MOST):
         with _tensor_cores():  # a rounded turn is a turn within the same span
             if step:
                 inner = block.T @ block
+            if step >= LIFTS and step % 2 == 0 and inner.diagonal().mean() > LIFTED:
+                break
             turn = torch.addmm(inner, inner, inner, beta=QUINTIC[1], alpha=QUINTIC[2])
         block = torch.addmm(block, block, turn, beta=QUINTIC[0])
     return block
