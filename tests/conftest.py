@@ -101,11 +101,13 @@ def _shipped() -> dict[str, Path]:
 
 
 SHIPPED = _shipped()
-# presets and tuned recipes are for models of many layers: they have laws of their own
+# presets and tuned recipes are for models of many layers: they have laws of their own; twins of
+# other recipes differ from these in a rank alone
+TWINS = ("cskv-50.toml", "shadowkv-keys.toml")
 RUNNABLE = {
     name: path
     for name, path in SHIPPED.items()
-    if not recipes.load(path).is_open() and not name.startswith(("kvtuner-", "smollm2-"))
+    if not recipes.load(path).is_open() and not name.startswith(("kvtuner-", "smollm2-", *TWINS))
 }
 
 

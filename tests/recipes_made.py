@@ -51,16 +51,11 @@ MADE = {
         sinks=3,
         recent=7,
     ),
-    # a prompt's own basis, whose tokens stay exact until it pays, and calibrated ones before codes
+    # a prompt's own basis, whose tokens stay exact until it pays
     "svd": entry(
         f'{DEROPE} > use = "svd", rank = 0.25',
         'use = "svd", rank = 0.5, heads = 1, metric = "whitened"',
         sinks=3,
-        recent=7,
-    ),
-    "svd-k4": entry(
-        f'{DEROPE} > use = "svd", rank = 0.5, basis = "calibrated", metric = "kq" > {channel(4)}',
-        f'use = "svd", rank = 0.5, basis = "calibrated" > {token(4)}',
         recent=7,
     ),
     "first-dense": entry(span="first 1") + entry(token(4), token(4), recent=3, span="rest"),
