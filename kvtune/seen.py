@@ -60,15 +60,15 @@ class Seen:
                 "Put derope before it, write heads = 1, or run: kvtune calibrate MODEL",
             )
         groups, width = heads // size, size * dim
-        blocks = self.together.unflatten(0, (groups, width)).unflatten(2, (groups, width))
-        own = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
+        squares = self.together.unflatten(0, (groups, width)).unflatten(2, (groups, width))
+        own = torch.diagonal(squares, dim1=0, dim2=2).permute(2, 0, 1)
         return Seen(
             self.mean.reshape(groups, width),
             own,
-            _blocks(self.weight, size),
+            blocks(self.weight, size),
             self.sample.unflatten(0, (groups, size)).transpose(1, 2).flatten(2),
-            _blocks(self.read, size),
-            _apart(self.readers, size),
+            blocks(self.read, size),
+            blocks(self.readers, size),
             self.is_keys,
             self.together,
         )
@@ -89,14 +89,9 @@ class Seen:
         )
 
 
-def _blocks(own: Tensor, size: int) -> Tensor:
-    """[H, D, D] as the blocks of [H / size, size * D, size * D]."""
-    groups = own.unflatten(0, (-1, size))
-    return torch.stack([torch.block_diag(*group) for group in groups])
-
-
-def _apart(own: Tensor, size: int) -> Tensor:
-    """[H, m, D] as [H / size, size * m, size * D]: each row in the channels of its own head."""
+def blocks(own: Tensor, size: int) -> Tensor:
+    """[H, m, D] as [H / size, size * m, size * D]: each head's rows in its own channels, which of
+    matrices [H, D, D] makes blocks."""
     groups = own.unflatten(0, (-1, size))
     return torch.stack([torch.block_diag(*group) for group in groups])
 

@@ -52,13 +52,9 @@ def strongest(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
 
     The same seed gives the same basis on the same machine.
     """
-    wide = gram.to(torch.float32)
-    wide = wide / wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    generator = torch.Generator(gram.device).manual_seed(seed)
     count = min(gram.shape[-1], math.ceil(SPARE * rank / 64) * 64)
-    block = torch.randn(gram.shape[-1], count, generator=generator, device=gram.device)
+    wide, block = _begun(gram, count, seed)
     with _tensor_cores():
-        block = wide @ block
         for _ in range(ROUNDS):
             block = _filtered(wide, orthonormal(block, passes=1))
         block = orthonormal(block)
@@ -78,12 +74,7 @@ def spanning(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
     `strongest` puts its columns in order with. Between powers products alone keep columns apart
     (Newton and Schulz), as a GPU takes long over factors of a few hundred columns.
     """
-    wide = gram.to(torch.float32)
-    wide = wide / wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    generator = torch.Generator(gram.device).manual_seed(seed)
-    block = torch.randn(gram.shape[-1], rank, generator=generator, device=gram.device)
-    with _tensor_cores():
-        block = wide @ block
+    wide, block = _begun(gram, rank, seed)
     for _ in range(POWERS):
         block = _apart(block)
         with _tensor_cores():
@@ -97,6 +88,16 @@ def spanning(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
     if not inner.abs().max() < CLOSE:  # fewer directions than columns
         block = orthonormal(block)
     return block
+
+
+def _begun(gram: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The matrix [w, w] in float32, at a scale of its own, and it times random columns."""
+    wide = gram.to(torch.float32)
+    wide = wide / wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    generator = torch.Generator(gram.device).manual_seed(seed)
+    block = torch.randn(gram.shape[-1], count, generator=generator, device=gram.device)
+    with _tensor_cores():
+        return wide, wide @ block
 
 
 def _apart(block: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from allocator import allocated
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from kvtune.cache import CompressedCache, layer_bytes, load, weigh
 from kvtune.layer import CompressedLayer
@@ -29,15 +27,6 @@ def feed(cache: CompressedCache, model: Any, sizes: list[int]) -> None:
             layer.update(keys, values)
             if isinstance(layer, CompressedLayer):
                 layer.attend(keys.repeat_interleave(2, 1), None, None, None)
-
-
-def allocated(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Returns the bytes that torch's allocator gave out and did not take back, and the result."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        result = work()
-        gc.collect()
-    return sum(event.self_cpu_memory_usage for event in watched.key_averages()), result
 
 
 def test_the_allocator_is_really_asked() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocator import allocated
 
 from kvtune import recipe as recipes
 from kvtune.cache import CompressedCache, load, weigh
@@ -41,15 +39,6 @@ def feed(cache: CompressedCache, model: Any, sizes: list[int]) -> None:
             layer.update(keys, values)
             if isinstance(layer, GroupedLayer):
                 layer.attend(keys.repeat_interleave(2, 1), None, None, None)
-
-
-def allocated(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Returns the bytes that torch's allocator gave out and did not take back, and the result."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        result = work()
-        gc.collect()
-    return sum(event.self_cpu_memory_usage for event in watched.key_averages()), result
 
 
 @pytest.mark.parametrize("layers", [2, 4])

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtune.marks import OneOf, Share
 from kvtune.metrics import Metric, evened, reading, rooted
 from kvtune.parts import Code, Fold, Projection, Seen, Site, Up
+from kvtune.seen import blocks
 from kvtune.spectral import gram, top
 
 
@@ -224,5 +225,4 @@ def _parted(x: Tensor, head_dim: int) -> Tensor:
 def _whole(turn: Callable[[Tensor], Tensor], heads: int, head_dim: int, size: int) -> Tensor:
     """What `turn` does to each head, as matrices [H / size, size * D, size * D] of groups."""
     eye = torch.eye(head_dim, dtype=torch.float64).expand(1, heads, -1, -1)
-    groups = turn(eye)[0].unflatten(0, (-1, size))
-    return torch.stack([torch.block_diag(*group) for group in groups])
+    return blocks(turn(eye)[0], size)
