@@ -20,7 +20,8 @@ from kvtune import parts
 from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.marks import Tokens
-from kvtune.parts import SEARCH, Borrower, Codec, Selector, Sharer
+from kvtune.parts import SEARCH, Borrower, Codec, Sharer
+from kvtune.retention import Selector
 from kvtune.spans import check
 
 # what "search" opens; fewer exact tokens than these are hardly cheaper

@@ -24,7 +24,7 @@ class OneOf(NamedTuple):
 
     def validate(self, value: Setting) -> Setting:
         """Returns the value, or raises ValueError."""
-        if value not in self.choices or isinstance(value, bool):
+        if not any(value == one and type(value) is type(one) for one in self.choices):
             raise ValueError(f"{value!r} is not one of {', '.join(map(repr, self.choices))}")
         return value
 
@@ -102,6 +102,32 @@ class Share(NamedTuple):
         return {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "multipleOf": 1 / 64}
 
 
+class Portion(NamedTuple):
+    """A mark: the setting is a part of a whole, above 0 and up to 1."""
+
+    choices: tuple[float, ...]  # what "search" opens
+
+    def legal(self) -> tuple[Setting, ...]:
+        """What a search tries, in order."""
+        return self.choices
+
+    def validate(self, value: float) -> float:
+        """Returns the value, or raises ValueError."""
+        if not 0 < value <= 1:
+            raise ValueError(f"{value:g} is not above 0 and up to 1")
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+
+
 MOST_OPENED = 16  # values that one list may open
 
 
@@ -155,7 +181,7 @@ def legal_values(cls: Any, name: str) -> tuple[Setting, ...]:
     if field is None:
         raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
     for mark in field.metadata:
-        if isinstance(mark, OneOf | Between | Share):
+        if isinstance(mark, OneOf | Between | Share | Portion):
             return mark.legal()
     if get_origin(field.annotation) is Literal:
         return get_args(field.annotation)

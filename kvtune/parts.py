@@ -21,7 +21,6 @@ from kvtune.marks import legal_values as legal_values
 from kvtune.rope import Rope
 from kvtune.seen import Fold as Fold
 from kvtune.seen import Seen as Seen
-from kvtune.view import View as View
 
 SEARCH = "search"  # the value that opens a setting in a template
 OPTIONAL = "optional"  # the key that opens in a template whether a part is there at all
@@ -170,27 +169,6 @@ class Projection(Codec):
     """A codec that keeps fewer channels, `rank` of them; it stands before a quantizer."""
 
     kind = "projection"
-
-
-class Selector(Part):
-    """Scores which tokens win; `share` of those that leave the window do."""
-
-    kind = "selector"
-    share: Annotated[float, OneOf(tuple(n / 20 for n in range(1, 21)))] = 0.2
-
-    @abstractmethod
-    def score(self, view: View) -> Tensor:
-        """Returns scores [B, H, T] of a view's tokens, in float32 at least, larger = keep."""
-
-
-class Merger(Part):
-    """Folds the tokens that lost into those that won."""
-
-    kind = "merger"
-
-    @abstractmethod
-    def merge(self, won: Tensor, lost: Tensor) -> Tensor:
-        """Returns won [B, H, T, D] with lost [B, H, L, D] folded in; as it is without losers."""
 
 
 class Sharer(Part):

@@ -17,7 +17,8 @@ from kvtune.entries import LayerPolicy as LayerPolicy
 from kvtune.entries import Record as Record
 from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
-from kvtune.parts import Borrower, Projection, Selector, Sharer
+from kvtune.parts import Borrower, Projection, Sharer
+from kvtune.retention import Selector
 from kvtune.spans import resolve, write
 from kvtune.splits import Split, smallest
 

@@ -16,12 +16,13 @@ from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
 from kvtune.models import Facts
-from kvtune.parts import ANY, OPTIONAL, SEARCH, Borrower, Codec, Part, Selector, Sharer
+from kvtune.parts import ANY, OPTIONAL, SEARCH, Borrower, Codec, Part, Sharer
 from kvtune.policy import LayerPolicy as LayerPolicy
 from kvtune.policy import Policy as Policy
 from kvtune.policy import Tier as Tier
 from kvtune.policy import to_entry as to_entry
 from kvtune.policy import to_policy
+from kvtune.retention import Selector
 from kvtune.sharing import settled
 from kvtune.spans import resolve
 

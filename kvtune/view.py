@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvtune.rope import Rope
+
 LOGITS = 1 << 24  # that are held at once: 64 MiB of float32
 
 
-class View(NamedTuple):
-    """Some tokens of a layer, head by head, between which a selector chooses."""
+class Spot(NamedTuple):
+    """Where a selector or a merger works: what a part may know of its place."""
 
-    keys: Tensor  # [B, H, T, D]
+    layer: int = 0
+    layers: int = 1  # of the model
+    tensors: Mapping[str, Tensor] = MappingProxyType({})  # fitted ones: "retrieval_heads.heads"
+    rope: Rope | None = None  # where it `needs` "rope"
+    output: Tensor | None = None  # [Hq, D, E], the output projection, where it `needs` "output"
+    scale: float | None = None  # of logits
+    softcap: float | None = None
+
+
+class View(NamedTuple):
+    """Some tokens of a layer in the order of their positions, head by head, which compete.
+
+    What stands under `attention`, `queries`, `first` and `kinds` is there where a part needs it.
+    """
+
+    keys: Tensor  # [B, H, T, D], as they are cached
     values: Tensor
-    attention: Tensor | None = None  # [B, H, T], of a selector that needs it: see `received`
+    attention: Tensor | None = None  # [B, H, T]: see `received`; of a replay, the most they got
+    queries: Tensor | None = None  # [B, Hq, n, D], of the last n tokens: seen - n ... seen - 1
+    first: Tensor | None = None  # keys [B, H, S, D] of sinks, which do not compete
+    last: Tensor | None = None  # keys [B, H, R, D] of the window, and of tokens that are looked at
+    positions: Tensor | None = None  # [T] or [B, H, T]: the true index of each
+    seen: int = 0  # tokens so far
+    kinds: Tensor | None = None  # bool [B, 1, T]: true of tokens that go before all others
+    spot: Spot = Spot()
+    memory: Any = None  # what the part returned of an earlier choice
 
 
 def received(
@@ -46,3 +73,30 @@ def received(
         future = ones.triu(reach - own + 1).repeat(query_heads // heads, 1)
         total[..., :reach] += logits.masked_fill(future, float("-inf")).softmax(-1).sum(-2)
     return total
+
+
+def looked(view: View, most: int) -> Tensor:
+    """Attention [B, Hq, n, T] of the last n <= `most` queries of a view to the tokens that compete.
+
+    Sinks and window take their part of each row, which so sums to one at most; a query sees what
+    stands before it and itself. In float32 at least.
+    """
+    assert view.queries is not None, "the layer gives what a part needs"
+    query = view.queries[:, :, -most:]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    held = [x for x in (view.first, view.keys, view.last) if x is not None]
+    keys = torch.cat(held, 2) if len(held) > 1 else held[0]
+    heads, length, dim = keys.shape[1:]
+    count = query.shape[2]
+    logits = query.to(wide).unflatten(1, (heads, -1)).flatten(2, 3) @ keys.to(wide).transpose(2, 3)
+    logits = logits * (view.spot.scale or dim**-0.5)
+    if view.spot.softcap is not None:
+        logits = torch.tanh(logits / view.spot.softcap) * view.spot.softcap
+    logits = logits.unflatten(2, (-1, count)).flatten(1, 2)
+    # what is held ends with the last n tokens, one after the other
+    future = torch.ones(count, length, dtype=torch.bool, device=keys.device).triu(
+        length - count + 1
+    )
+    start = 0 if view.first is None else view.first.shape[2]
+    weights = logits.masked_fill(future, float("-inf")).softmax(-1)
+    return weights[..., start : start + view.keys.shape[2]]

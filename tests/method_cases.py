@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtune import parts
 from kvtune.parts import Codec, Part, Seen, legal_values
+from kvtune.retention import Selector
 
 HEADS = 4
 HEAD_DIMS = (128, 64, 256, 16)
@@ -51,6 +52,8 @@ def home(part: Part) -> tuple[int, str] | None:
     return None
 
 
+# settings that all selectors have
+SHARED = Selector.model_fields
 KINDS = {name: parts.find(name) for name in parts.names()}
 ALL = [part for kind in KINDS.values() for part in settings(kind)]
 CODECS = [part for part in ALL if isinstance(part, Codec) and home(part)]

@@ -47,7 +47,7 @@ REFUSED = {
         "attention is a selector; keys and values take codecs",
     ),
     "text": ('select = "attention"', "layers.0.select: expected a part"),
-    "share": ('select = { use = "attention", share = 0.33 }', "0.33 is not one of"),
+    "share": ('select = { use = "attention", share = 1.5 }', "1.5 is not above 0 and up to 1"),
     "setting": ('select = { use = "attention", shares = 0.5 }', "attention has no 'shares'"),
     "unknown": ('select = { use = "atention" }', "attention"),
     "open-share": ('select = { use = "attention", share = "search" }', "is not searched"),

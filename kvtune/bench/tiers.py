@@ -14,10 +14,10 @@ from kvtune.errors import UsageError
 from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import Facts, facts, ropes
-from kvtune.parts import Selector
 from kvtune.profile import Profile
 from kvtune.prove import interval
 from kvtune.recipe import Policy, Recipe
+from kvtune.retention import Selector
 from kvtune.texts import Document
 
 Policies = tuple[Policy, ...]

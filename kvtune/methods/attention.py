@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvtune.parts import Selector, View
+from kvtune.retention import Selector
+from kvtune.view import View
 
 
 class Attention(Selector):
