@@ -62,7 +62,7 @@ def test_what_selects_nothing_or_takes_no_such_share_is_refused(
     file.write_text(RECIPE)
     said = kv(*words, "--recipe", file, "--shares", "133%")
     assert said.code == 2
-    assert "0.33 is not one of 0.05, 0.1" in said.told
+    assert "is not above 0 and up to 1" in said.told
 
 
 def test_what_is_fitted_wants_a_profile(kv: Any, words: list[str | Path], tmp_path: Path) -> None:
