@@ -30,7 +30,7 @@ FLOORS = (
     "spots",
     "sharing",
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
-    "commons fused rows space bench.applied bench.ranks",
+    "commons fused held rows space bench.applied bench.ranks",
     "tiers",
     "growth kvtuner layer profile speed",
     "fit heads lent",
