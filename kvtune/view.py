@@ -94,9 +94,8 @@ def looked(view: View, most: int) -> Tensor:
         logits = torch.tanh(logits / view.spot.softcap) * view.spot.softcap
     logits = logits.unflatten(2, (-1, count)).flatten(1, 2)
     # what is held ends with the last n tokens, one after the other
-    future = torch.ones(count, length, dtype=torch.bool, device=keys.device).triu(
-        length - count + 1
-    )
+    every = torch.ones(count, length, dtype=torch.bool, device=keys.device)
+    logits = logits.masked_fill(every.triu(length - count + 1), float("-inf"))
     start = 0 if view.first is None else view.first.shape[2]
-    weights = logits.masked_fill(future, float("-inf")).softmax(-1)
-    return weights[..., start : start + view.keys.shape[2]]
+    weights: Tensor = logits.softmax(-1)
+    return weights.narrow(-1, start, view.keys.shape[2])
