@@ -39,6 +39,7 @@ FLOORS = (
     "answers bank kvsharer lm_eval saving scores surrogate bench.decode",
     "budgets clusters measure moments study",
     "distortion layout prices prove",
+    "occupancy",
     "packing.container packing.layout packing.span packing.weighing",
     "packing.codec packing.coding packing.kvtc",
     "packing.body packing.checks packing.fitting",
