@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool1d, pad
 
 from kvtune.attention import causal
 from kvtune.bank import Bank
+from kvtune.errors import UsageError
 from kvtune.prices import Pull, cost
 from kvtune.splits import gathered, parted
 from kvtune.view import received
@@ -57,11 +58,17 @@ def occupancy(bank: Bank, found: dict[int, Pull]) -> dict[str, Tensor]:
     each head holds 32 tokens; the mean (CompressKV, arXiv:2508.02401, behind the projection).
     `tokens.prices` [L, S, 2]: shares of the tokens that leave the window, and the KL in nats of
     keeping just these (see `prices`).
+
+    Raises:
+        UsageError: the bank did not sum attention up.
     """
+    if found.keys() - bank.attention.keys():
+        hint = 'Build the bank with needs = {"attention"}.'
+        raise UsageError("Budgets go by attention, which this bank did not sum up.", hint)
     rows: dict[str, list[Tensor]] = {}
     for layer, pull in sorted(found.items()):
         few = pull.of(SEQUENCES)
-        got = bank.received(layer)[:SEQUENCES].float()
+        got = bank.attention[layer][:SEQUENCES].float()
         crowd = crowd_of(bank, layer, few)
         for name, x in {
             "curves": curve(got),

@@ -49,7 +49,7 @@ def test_a_curve_is_the_share_of_attention_of_the_best_tokens(
     assert curves.shape == (len(found), 257)
     assert (curves[:, 0] == 0).all() and (curves[:, -1] == 1).all()
     assert (curves.diff() >= 0).all() and (curves.diff().diff() <= 1e-9).all()
-    mass = bank.received(1).sum(1)
+    mass = bank.attention[1].sum(1)
     best = mass.sort(-1, descending=True).values[:, : CONTEXT // 4].sum(-1) / mass.sum(-1)
     assert float(curves[1, 64]) == pytest.approx(float(best.mean()), rel=1e-5)
 
