@@ -23,11 +23,11 @@ def same_tokenizer(one: Any, other: Any) -> None:
     first, second = one.get_vocab(), other.get_vocab()
     if first == second:
         return
-    odd = sorted(
-        name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
-    )
-    what = f"a draft with another tokenizer: {len(odd):,} tokens differ, such as {odd[0]!r}"
-    raise UsageError(f"This is {what}.", "Give a --draft of the model's own family.")
+    names = sorted(first.keys() | second.keys())
+    odd = [name for name in names if first.get(name) != second.get(name)]
+    what = f"This is a draft with another tokenizer: {odd[0]!r} is another token there"
+    told = f"{what}, one of {len(odd):,} that differ."
+    raise UsageError(told, "Give a --draft of the model's own family.")
 
 
 @torch.no_grad()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
+
+import jsonschema
 import pytest
 import torch
 
+from kvtune import recipe as recipes
+from kvtune.errors import IntegrityError
 from kvtune.methods.specpc import Specpc
 from kvtune.shortening import chosen, peak, row_weights
 
@@ -57,3 +62,37 @@ def test_specpc_keeps_by_its_settings() -> None:
     assert len(kept) == 40
     assert set(range(184, 200)) <= set(kept.tolist())
     assert set(range(100 - 8, 100 + 9)) <= set(kept.tolist())
+
+
+def written(prefill: str) -> str:
+    return f'kvtune = 1\nprefill = {prefill}\n[[layers]]\nspan = "all"\n'
+
+
+def test_a_recipe_says_how_a_prompt_is_cut() -> None:
+    text = written('{ use = "specpc", budget = 512, skip = 4 }')
+    recipe = recipes.loads(text)
+    assert recipe.shortener == Specpc(budget=512, skip=4)
+    assert recipes.loads(recipe.dumps()) == recipe
+    jsonschema.validate(tomllib.loads(text), recipes.schema())
+    bare = recipes.loads('kvtune = 1\n[[layers]]\nspan = "all"\n')
+    assert bare.shortener is None
+    assert recipes.digest(bare) != recipes.digest(recipe)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "told"),
+    [
+        ('{ use = "kvzip" }', "kvzip is a selector; prefill takes a shortener"),
+        ('{ use = "specpc", kernel = "search" }', "not searched here"),
+        ('{ use = "specpc", kernel = 33 }', "33 is not one of"),
+        ('{ use = "specpc", budget = 0 }', "greater than or equal to 1"),
+        ('{ use = "specpc", width = 3 }', "specpc has no 'width'"),
+        ('{ use = "specpd" }', "specp"),
+        ('"specpc"', "expected a part such as"),
+    ],
+)
+def test_another_prefill_is_refused(prefill: str, told: str) -> None:
+    with pytest.raises(IntegrityError, match=told):
+        recipes.loads(written(prefill))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tomllib.loads(written(prefill)), recipes.schema())

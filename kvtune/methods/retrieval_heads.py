@@ -46,6 +46,8 @@ class RetrievalHeads(Selector):
 
     def score(self, view: View) -> Tensor:
         """What the heads that count look at, [B, H, T]."""
-        rows = looked(view, self.window)[:, view.spot.tensors[NAME]].sum(2)  # [B, heads, T]
-        pooled = avg_pool1d(rows, self.kernel, 1, self.kernel // 2)
-        return pooled.mean(1, keepdim=True).expand(-1, view.keys.shape[1], -1)
+        rows = looked(view, self.window).sum(2)  # [B, Hq, T]
+        share = view.spot.tensors[NAME].to(rows)
+        mean = (rows * (share / share.sum())[:, None]).sum(1, keepdim=True)
+        pooled = avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
+        return pooled.expand(-1, view.keys.shape[1], -1)
