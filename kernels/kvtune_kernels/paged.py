@@ -275,7 +275,6 @@ def joined(
 ):  # fmt: skip
     """The parts from `place` on, `step` apart: log-sum-exp to the base 2 as top + log2(total), and
     sums [D2] that are still to be divided by the total."""
-    channel = tl.arange(0, D2)
     if FEW == PARTS:
         lse, out = _some_parts(OUT, LSE, place, 0, parts, step, D, D2, FEW)
         top = tl.max(lse, 0)

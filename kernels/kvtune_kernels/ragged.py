@@ -54,7 +54,7 @@ class Ragged:
         count = int(pages.sum())
         if format is None:
             codes = torch.empty(1, 1, count, PAGE * dim, dtype=dtype, device=device)
-            return cls(codes, codes.new_empty(1, 1, 0, 0), None, offsets, lengths)
+            return cls(codes, codes.new_empty(1, 1, count, 0), None, offsets, lengths)
         pool = Packed.empty(format, 1, 1, count * PAGE, dim, device)
         return cls(pool.codes, pool.meta, format, offsets, lengths, planes)
 
@@ -62,6 +62,11 @@ class Ragged:
     def block(self) -> int:
         """Tokens that are encoded together: whole pages."""
         return PAGE if self.format is None else self.format.block
+
+    @property
+    def line(self) -> int:
+        """Tokens of a line of metadata."""
+        return PAGE if self.format is None or self.format.per_token else self.format.group
 
     @property
     def pages(self) -> Tensor:
@@ -86,8 +91,7 @@ class Ragged:
         """The pages of one head, [1, 1, pages, ...]: views. Of packed codes only."""
         pool, planes = self.pool, self.planes
         first, count = int(self.offsets[row, head]), int(self.pages[row, head])
-        tokens = PAGE if pool.format.per_token else pool.format.group
-        lines = slice(first * PAGE // tokens, (first + count) * PAGE // tokens)
+        lines = slice(first * PAGE // self.line, (first + count) * PAGE // self.line)
         return Packed(
             pool.codes[:, :, first : first + count],
             pool.meta[:, :, lines],
@@ -109,19 +113,13 @@ class Ragged:
         old, new = self.pages, _pages(lengths, self.format)
         both = torch.minimum(old, new).flatten()
         offsets = (new.flatten().cumsum(0) - new.flatten()).view_as(new)
-        source, target = _spans(self.offsets.flatten(), both), _spans(offsets.flatten(), both)
+        source, target = spans(self.offsets.flatten(), both), spans(offsets.flatten(), both)
         count, device = int(new.sum()), self.codes.device
         source, target = source.to(device), target.to(device)
         codes = self.codes.new_empty(1, 1, count, self.codes.shape[3])
+        meta = self.meta.new_empty(1, 1, count * PAGE // self.line, self.meta.shape[3])
         codes[:, :, target] = self.codes[:, :, source]
-        meta = self.meta
-        if self.format is not None:
-            # a line of metadata belongs to a page, to a part of one, or to several
-            tokens = PAGE if self.format.per_token else self.format.group
-            lines = count * PAGE // tokens
-            meta = meta.new_empty(1, 1, lines, meta.shape[3])
-            moved = (_lines(pages, tokens) for pages in (target, source))
-            meta[:, :, next(moved)] = self.meta[:, :, next(moved)]
+        meta[:, :, lines_of(target, self.line)] = self.meta[:, :, lines_of(source, self.line)]
         return replace(self, codes=codes, meta=meta, offsets=offsets, lengths=lengths, plans={})
 
 
@@ -131,13 +129,13 @@ def _pages(lengths: Tensor, format: Format | None) -> Tensor:
     return (lengths + block - 1) // block * (block // PAGE)
 
 
-def _spans(first: Tensor, counts: Tensor) -> Tensor:
+def spans(first: Tensor, counts: Tensor) -> Tensor:
     """The numbers first[i], ..., first[i] + counts[i] - 1 of all i, one after the other."""
     ends = counts.cumsum(0)
     return torch.arange(int(counts.sum())) + (first - ends + counts).repeat_interleave(counts)
 
 
-def _lines(pages: Tensor, tokens: int) -> Tensor:
+def lines_of(pages: Tensor, tokens: int) -> Tensor:
     """The lines of metadata, `tokens` of the pool each, that belong to whole blocks of pages."""
     if tokens > PAGE:
         return pages[:: tokens // PAGE] // (tokens // PAGE)

@@ -20,7 +20,7 @@ FIELDS = tl.constexpr(_FIELDS)
 
 @triton.jit
 def _item(ITEMS, heads):
-    """This program's row and head, first pages, tokens, part of its head, and place for its answer."""
+    """This program's row, head, first pages, tokens, part of its head, and place for its answer."""
     item = ITEMS + tl.program_id(0) * FIELDS
     bh = tl.load(item)
     key_page = tl.load(item + 1).to(tl.int64)

@@ -28,7 +28,7 @@ from kvtune_kernels.launch import (
     warps,
     words,
 )
-from kvtune_kernels.ragged import Plan, Ragged
+from kvtune_kernels.ragged import Plan, Ragged, lines_of, spans
 from kvtune_kernels.ragged_reference import decode_ragged
 
 if triton is not None:
@@ -39,7 +39,7 @@ __all__ = [
     "attend_ragged",
     "decode_ragged",
     "encode_ragged",
-    "keep",
+    "keep_ragged",
     "unsupported_ragged",
 ]
 
@@ -58,9 +58,8 @@ def encode_ragged(
     """
     count = x.shape[2]
     if count == 0:
-        return
-    at = (slice(None) if i is None else slice(i, i + 1) for i in (row, head))
-    rows, heads = at
+        return None
+    rows, heads = (slice(None) if i is None else slice(i, i + 1) for i in (row, head))
     lengths = ragged.lengths[rows, heads]
     if first % ragged.block or (lengths < first + count).any():
         raise ValueError(
@@ -70,26 +69,19 @@ def encode_ragged(
     if count % ragged.block and (lengths != first + count).any():
         raise ValueError(f"{count} tokens fill no whole blocks of {ragged.block} and end no head")
     x = _filled(x, ragged.block)
-    pages = x.shape[2] // PAGE
+    if row is not None and head is not None and ragged.format is not None:
+        return encode_into(ragged.head(row, head), x, first, keys)
     place = ragged.offsets[rows, heads].flatten() + first // PAGE
+    pages = spans(place, torch.full_like(place, x.shape[2] // PAGE)).to(x.device)
     if ragged.format is None:
-        lines = x.to(ragged.codes.dtype).reshape(place.numel(), pages, -1)
-        for page, line in zip(place.tolist(), lines, strict=True):
-            ragged.codes[0, 0, page : page + pages] = line
-        return
-    if row is not None and head is not None:
-        encode_into(ragged.head(row, head), x, first, keys)
-        return
+        ragged.codes[:, :, pages] = x.to(ragged.codes.dtype).reshape(1, 1, len(pages), -1)
+        return None
     planes = None if ragged.planes is None else ragged.planes[heads]
     made = Packed.empty(ragged.format, *x.shape, x.device, planes)
     encode_into(made, x, 0, keys)
-    tokens = PAGE if ragged.format.per_token else ragged.format.group
-    each = x.shape[2] // tokens
-    codes, meta = made.codes.flatten(0, 1), made.meta.flatten(0, 1)
-    for i, page in enumerate(place.tolist()):
-        ragged.codes[0, 0, page : page + pages] = codes[i]
-        line = page * PAGE // tokens
-        ragged.meta[0, 0, line : line + each] = meta[i]
+    ragged.codes[:, :, pages] = made.codes.flatten(0, 2)[None, None]
+    ragged.meta[:, :, lines_of(pages, ragged.line)] = made.meta.flatten(0, 2)[None, None]
+    return None
 
 
 def _filled(x: Tensor, block: int) -> Tensor:
@@ -100,14 +92,14 @@ def _filled(x: Tensor, block: int) -> Tensor:
     return torch.cat([x, x[:, :, -1:].expand(-1, -1, lacking, -1)], 2)
 
 
-def keep(
+def keep_ragged(
     x: Tensor, kept: Tensor, format: Format | None, keys: bool, planes: Tensor | None = None
 ) -> Ragged:
     """Stores the tokens of x [B, H, T, D] that `kept` [B, H, T] marks, in their order.
 
     One gather and one encoding for all heads, but for planes, where it is one for each.
     """
-    batch, heads, count, dim = x.shape
+    batch, heads, _, dim = x.shape
     ragged = Ragged.empty(format, kept.sum(-1), dim, x.device, planes, x.dtype)
     lengths, pages = (n.flatten().to(x.device) for n in (ragged.lengths, ragged.pages))
     rank = torch.arange(int(pages.sum()) * PAGE, device=x.device)
