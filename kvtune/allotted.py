@@ -1,4 +1,4 @@
-"""Allotted: a budget that a span of layers shares, written out as entries with budgets of their own."""
+"""Allotted: a budget that layers share, written out as entries with budgets of their own."""
 
 from __future__ import annotations
 
