@@ -29,7 +29,7 @@ FLOORS = (
     "entries pages selection bench.latents",
     "policy",
     "spots",
-    "sharing",
+    "allotted sharing",
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused held rows space bench.applied bench.ranks watched",
     "tiers drafting replay retrieval",
