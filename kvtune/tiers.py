@@ -257,6 +257,7 @@ class Tiers(Held):
             None if beside.marks is None else beside.marks[:, :, : keys.shape[2]],
             self._spot,
             self._memory,
+            0 if ahead is None else ahead.shape[2],
         )
 
     def _merged(self, view: View, won: Tensor, lost: Tensor) -> Pair:
