@@ -43,7 +43,6 @@ class Selector(Part):
     # of {"attention", "queries", "positions", "output", "rope", "replay", "ahead", "kinds"}
     needs: ClassVar[frozenset[str]] = frozenset()
     fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
-    in_cache: ClassVar[bool] = False  # keys are turned by their place in the cache, not the text's
 
     @model_validator(mode="after")
     def _share_or_budget(self) -> Self:
@@ -66,6 +65,12 @@ class Selector(Part):
     def observed(self) -> int:
         """How many of the last queries it looks at, where it needs "queries"."""
         return 0
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether keys are turned by their place in the cache, and not by that in the text
+        (StreamingLLM, arXiv:2309.17453): it `needs` "rope" then."""
+        return False
 
     def blanks(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
         """The tensors that `fit` finds, without data; they stand in the spot as "METHOD.NAME"."""
