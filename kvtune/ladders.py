@@ -113,7 +113,8 @@ class Ladder:
         Args:
             cursor: where the last compaction ended; `start` where there was none.
             start: tokens that are always kept, at the beginning (sinks).
-            spare: tokens of the capacity that no stair reaches; as many as layers when left out.
+            spare: tokens of the capacity that no stair reaches, as many as a block takes at least;
+                as many as there are layers when left out.
 
         Raises:
             ValueError: a capacity that cannot hold what is always kept.

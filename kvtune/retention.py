@@ -68,8 +68,8 @@ class Selector(Part):
 
     @property
     def in_cache(self) -> bool:
-        """Whether keys are turned by their place in the cache, and not by that in the text
-        (StreamingLLM, arXiv:2309.17453): it `needs` "rope" then."""
+        """Whether keys are turned by their place in the cache, and not by that in the text, which
+        may be as long as you like then (StreamingLLM, arXiv:2309.17453)."""
         return False
 
     def blanks(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:

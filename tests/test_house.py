@@ -47,7 +47,7 @@ FLOORS = (
     "baseline biased calibrate front lessons search",
     "publish suite training",
     "bench bench.compositions bench.sharing bench.tiers bench.trials trainer tune",
-    "bench.codecs bench.duel bench.frontier bench.packing bench.scaling bench.whole",
+    "bench.codecs bench.duel bench.endless bench.frontier bench.packing bench.scaling bench.whole",
     "bench.cskv bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.rank report.spectra",
@@ -67,7 +67,7 @@ FLOORS = (
     "cli.tune",
     "cli.bench_codecs cli.bench_search cli.bench_tiers",
     "cli.bench_basis cli.bench_cskv cli.bench_latents cli.bench_lowrank cli.bench_pack",
-    "cli.bench_sharing",
+    "cli.bench_endless cli.bench_sharing",
     "cli",
     "__main__",
 )

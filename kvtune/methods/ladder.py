@@ -1,6 +1,6 @@
 """Ladders: each token lives on in some layers, as a step of a stair (LaCache, arXiv:2507.14204)."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ class Ladder(Selector):
     The layer's sinks are LaCache's first tokens and its window the end of its tail, both outside of
     the view: the stair begins with the view, and of as many tokens as there are layers, which
     LaCache leaves at the end, the window is a part. Its code lets a cache hold half a block more
-    than asked for; here `budget` is never exceeded. Keys are turned by their place in the cache.
+    than asked for; here `budget` is never exceeded. By share there is no cache of a set size: every
+    block has a stair of its own. Keys are turned by their place in the cache.
     """
 
     span: Annotated[int, Upto(1024, (0, 8, 9, 14, 16))] = 0
     overlap: Annotated[int, Upto(1023, (0, 3, 7))] = 0
     pattern: Pattern = "repo"
-    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
 
     @property
     def in_cache(self) -> bool:
@@ -52,7 +52,9 @@ class Ladder(Selector):
         batch, heads, length = view.keys.shape[:3]
         stairs = self.stairs(view.spot.layers)
         window = 0 if view.last is None else view.last.shape[2]
-        spare = max(0, stairs.layers - window)
-        found = stairs.compact(view.spot.layer, length, count, view.memory or 0, spare=spare)
+        cursor, spare = view.memory or 0, max(0, stairs.layers - window)
+        if not self.budget:
+            cursor = spare = 0
+        found = stairs.compact(view.spot.layer, length, count, cursor, spare=spare)
         places = found.places.to(view.keys.device).expand(batch, heads, -1)
         return Choice(places, found.cursor)
