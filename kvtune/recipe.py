@@ -22,7 +22,7 @@ from kvtune.policy import Policy as Policy
 from kvtune.policy import Tier as Tier
 from kvtune.policy import to_entry as to_entry
 from kvtune.policy import to_policy
-from kvtune.retention import Selector
+from kvtune.retention import Allocator, Merger, Selector
 from kvtune.sharing import settled
 from kvtune.spans import resolve
 
@@ -30,6 +30,13 @@ FORMAT = 1
 MAX_BYTES = 1 << 20  # a recipe is small; anything larger is not read
 DEEPEST = 16  # levels of [measured]
 RECIPE_FILE = "recipe.toml"
+# of parts that stand alone under a key of a layer
+KINDS: dict[str, tuple[type[Part], ...]] = {
+    "select": (Selector,),
+    "merge": (Merger,),
+    "allot": (Allocator,),
+    "share": (Sharer, Borrower),
+}
 UNIONS = ("tuple[HeadEntry, ...]", "Tier")  # pydantic's names of branches: no places in a file
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -191,10 +198,11 @@ def schema() -> dict[str, Any]:
     for side in ("keys", "values"):
         definitions["Tier"]["properties"][side] = {"$ref": "#/$defs/Codecs"}
     properties = definitions["LayerPolicy"]["properties"]
-    for key, kinds in (("select", (Selector,)), ("share", (Sharer, Borrower))):
+    for key, kinds in KINDS.items():
         name = f"{key.capitalize()}s"
         definitions[name] = _kinds_schema(*kinds)
         properties[key] = {"$ref": f"#/$defs/{name}"}
+    definitions["HeadEntry"]["properties"]["select"] = {"$ref": "#/$defs/Selects"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 

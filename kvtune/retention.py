@@ -72,6 +72,11 @@ class Selector(Part):
         may be as long as you like then (StreamingLLM, arXiv:2309.17453)."""
         return False
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the layer must give: what the part `needs`, and what the layer turns keys with."""
+        return self.needs | ({"rope"} if self.in_cache else frozenset())
+
     def blanks(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
         """The tensors that `fit` finds, without data; they stand in the spot as "METHOD.NAME"."""
         return {}

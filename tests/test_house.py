@@ -17,7 +17,7 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "errors haystack ladders owners halving splits subspace",
+    "beside errors haystack ladders owners halving splits subspace",
     "allotting discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
@@ -25,12 +25,14 @@ FLOORS = (
     "bench.basis demo metrics parts runs sampling shipped storage task tensors texts bench.store",
     "chains intervals leases levels models planes reading retention table turning turns",
     "bench.kernels",
-    "entries pages bench.latents",
+    "entries pages selection bench.latents",
     "policy",
+    "spots",
     "sharing",
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused rows space bench.applied bench.ranks",
     "tiers",
+    "in_cache",
     "growth kvtuner layer profile speed",
     "fit heads lent",
     "grouped",
