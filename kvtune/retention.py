@@ -43,6 +43,7 @@ class Selector(Part):
     # of {"attention", "queries", "positions", "output", "rope", "replay", "ahead", "kinds"}
     needs: ClassVar[frozenset[str]] = frozenset()
     fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
+    by_place: ClassVar[bool] = False  # it has a `choose` of its own, which may keep fewer tokens
 
     @model_validator(mode="after")
     def _share_or_budget(self) -> Self:

@@ -71,11 +71,9 @@ def _check_places(select: Selector, chains: tuple[Chain, ...], where: str) -> No
             "has turned back already.",
             f"Leave it out: under {select.name()} keys are stored before the rotary embedding.",
         )
-    if type(select).choose is Selector.choose:
-        return
-    if odd := [chain for chain in chains if chain.block > 1]:
+    if select.by_place and (odd := [chain for chain in chains if chain.block > 1]):
         raise UsageError(
-            f"{where}: {odd[0]} encodes {odd[0].block} tokens together, and {select.name()} chooses "
-            "one by one which stay.",
+            f"{where}: {odd[0]} encodes {odd[0].block} tokens together, and {select.name()} "
+            "chooses one by one which stay.",
             'Give codecs that see each token alone, such as affine with group = "head".',
         )

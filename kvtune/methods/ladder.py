@@ -1,6 +1,6 @@
 """Ladders: each token lives on in some layers, as a step of a stair (LaCache, arXiv:2507.14204)."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Ladder(Selector):
     span: Annotated[int, Upto(1024, (0, 8, 9, 14, 16))] = 0
     overlap: Annotated[int, Upto(1023, (0, 3, 7))] = 0
     pattern: Pattern = "repo"
+    by_place: ClassVar[bool] = True
 
     @property
     def in_cache(self) -> bool:
