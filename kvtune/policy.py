@@ -133,9 +133,9 @@ class Policy(Record):
     @property
     def needs(self) -> frozenset[str]:
         """What the parts need of the layer and its sites."""
-        own = [self.select, *(group.select for group in self.heads)]
-        needs = [part.needs for part in (self.merge, self.share, *self.chains) if part]
-        return frozenset[str]().union(*needs, *(select.wants for select in own if select))
+        own = [self.select, self.merge, *(group.select for group in self.heads)]
+        needs = [part.needs for part in (self.share, *self.chains) if part]
+        return frozenset[str]().union(*needs, *(part.wants for part in own if part))
 
     @property
     def observed(self) -> int:

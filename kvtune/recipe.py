@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from kvtune import parts
 from kvtune.entries import HeadEntry, Record, as_tuple
@@ -24,6 +24,7 @@ from kvtune.policy import to_entry as to_entry
 from kvtune.policy import to_policy
 from kvtune.retention import Allocator, Merger, Selector
 from kvtune.sharing import settled
+from kvtune.shortening import Shortener
 from kvtune.spans import resolve
 
 FORMAT = 1
@@ -78,6 +79,18 @@ def _kinds_schema(*kinds: type[Part]) -> dict[str, Any]:
     return {"oneOf": branches}
 
 
+def _shortening(value: Any) -> Any:
+    if value is None:
+        return value
+    if not isinstance(value, dict):
+        raise ValueError('expected a part such as { use = "specpc" }')
+    if parts.is_open(value):
+        raise ValueError(f"{value.get('use')} is not searched here: write its settings")
+    if not isinstance(found := parts.parse(value), Shortener):
+        raise ValueError(f"{found.name()} is a {found.kind}; prefill takes a {Shortener.kind}")
+    return value
+
+
 class ModelBinding(Record):
     """The model that a recipe was tuned for. The name is only a label; the fingerprint decides."""
 
@@ -105,12 +118,22 @@ class Recipe(Record):
     description: str = ""
     model: ModelBinding | None = None
     artifact: ArtifactRef | None = None
+    prefill: Annotated[
+        dict[str, Any] | None, BeforeValidator(_shortening), WithJsonSchema({"type": "object"})
+    ] = None  # what of a prompt is read at all
     layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(as_tuple)] = ()
     measured: dict[str, Any] = Field(default_factory=dict)  # evidence, never configuration
 
     def is_open(self) -> bool:
         """True for a template: some setting still says "search"."""
         return any(policy.is_open() for policy in self.layers)
+
+    @property
+    def shortener(self) -> Shortener | None:
+        """What cuts a prompt before it is read; None where it is read whole."""
+        found = parts.parse(self.prefill) if self.prefill else None
+        assert found is None or isinstance(found, Shortener), "the recipe was checked"
+        return found
 
     def policies(self, known: Facts) -> tuple[Policy, ...]:
         """Returns one policy per layer; layers that are not compressible get an empty one.
@@ -202,6 +225,8 @@ def schema() -> dict[str, Any]:
         name = f"{key.capitalize()}s"
         definitions[name] = _kinds_schema(*kinds)
         properties[key] = {"$ref": f"#/$defs/{name}"}
+    definitions["Shorteners"] = _kinds_schema(Shortener)
+    document["properties"]["prefill"] = {"$ref": "#/$defs/Shorteners"}
     definitions["HeadEntry"]["properties"]["select"] = {"$ref": "#/$defs/Selects"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 

@@ -111,7 +111,12 @@ class Merger(Part):
     """Folds the tokens that lost into those that won."""
 
     kind = "merger"
-    needs: ClassVar[frozenset[str]] = frozenset()  # of {"rope", "positions"}
+    needs: ClassVar[frozenset[str]] = frozenset()  # of {"rope", "positions"}: with any settings
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What of its `needs` it needs with these settings."""
+        return self.needs
 
     @abstractmethod
     def merge(self, won: View, lost: View) -> Merged:

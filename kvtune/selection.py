@@ -22,7 +22,7 @@ def check(
     """Raises UsageError where a selector, sinks and recent tokens, chains and a merger do not go
     together; `where` is for errors."""
     _check_budget(select, window, kept, where)
-    _check_places(select, (*kept, *(rest or ())), where)
+    _check_places(select, (*kept, *(rest or ())), merge, where)
     if not select.alike and (joint := [c for c in (*kept, *(rest or ())) if not c.apart]):
         raise UsageError(
             f"{where}: {joint[0]} stores heads together, but {select.name()} lets each head keep "
@@ -64,11 +64,15 @@ def _check_budget(select: Selector, window: tuple[int, int], kept: Chains, where
         )
 
 
-def _check_places(select: Selector, chains: tuple[Chain, ...], where: str) -> None:
-    if select.in_cache and (odd := [c for c in chains if "rope" in c.needs]):
+def _check_places(
+    select: Selector, chains: tuple[Chain, ...], merge: Merger | None, where: str
+) -> None:
+    turning = [str(chain) for chain in chains if "rope" in chain.needs]
+    turning += [str(merge)] if merge is not None and "rope" in merge.wants else []
+    if select.in_cache and turning:
         raise UsageError(
-            f"{where}: {odd[0]} turns keys by their positions in the text, which {select.name()} "
-            "has turned back already.",
+            f"{where}: {turning[0]} turns keys by their positions in the text, which "
+            f"{select.name()} has turned back already.",
             f"Leave it out: under {select.name()} keys are stored before the rotary embedding.",
         )
     if select.by_place and (odd := [chain for chain in chains if chain.block > 1]):

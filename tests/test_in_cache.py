@@ -46,6 +46,9 @@ POLICIES = {
     "packed": Policy(
         select=find("ladder")(budget=BUDGET, every=EVERY), recent=9, keys=FOUR, values=FOUR
     ),
+    "recency": Policy(
+        select=find("streaming")(budget=BUDGET, every=EVERY, positions="cache"), sinks=4, recent=9
+    ),
     "by-share": Policy(select=find("ladder")(share=0.25), sinks=SINKS, recent=RECENT),
 }
 every_policy = pytest.mark.parametrize("name", POLICIES)
@@ -244,13 +247,14 @@ def test_generate_goes_on_beyond_the_positions_of_the_model(
 @pytest.mark.parametrize(
     ("kept", "told"),
     [
-        ('kept.keys = [{ use = "derope" }]', "has turned back already"),
+        ('kept.keys = [{ use = "derope" }]', "ladder has turned back already"),
+        ('merge = { use = "look_m", keys = "merged" }', r"look_m\(.*\) turns keys by their pos"),
         (
             'kept.values = [{ use = "affine", bits = 4, group = 32, axis = "channel" }]',
             "encodes 64 tokens together, and ladder chooses one by one",
         ),
     ],
 )
-def test_codecs_that_read_positions_or_blocks_are_refused(llama: Any, kept: str, told: str) -> None:
+def test_what_reads_positions_or_blocks_is_refused(llama: Any, kept: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         cache_of(llama, RECIPE.replace("40", "99") + kept)
