@@ -17,7 +17,7 @@ LONGEST = 350
 
 # bottom up; an import goes strictly down, so modules that share a line do not know each other
 FLOORS = (
-    "beside errors haystack owners halving shares splits subspace",
+    "beside errors haystack ladders owners halving shares splits subspace",
     "allotting discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
     "bench.cases bench.clock",
     "report.markup report.numbers report.records",
@@ -33,6 +33,7 @@ FLOORS = (
     "attention bonds fitted folded recipe workers methods.* tasks.* bench.latency",
     "commons fused held rows space bench.applied bench.ranks watched",
     "tiers drafting replay retrieval",
+    "in_cache",
     "growth kvtuner layer profile speed",
     "fit heads lent",
     "grouped",
@@ -50,7 +51,7 @@ FLOORS = (
     "baseline biased calibrate front lessons search",
     "publish suite training",
     "bench bench.compositions bench.sharing bench.tiers bench.trials trainer tune",
-    "bench.codecs bench.duel bench.frontier bench.packing bench.scaling bench.whole",
+    "bench.codecs bench.duel bench.endless bench.frontier bench.packing bench.scaling bench.whole",
     "bench.cskv bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.rank report.spectra",
@@ -70,7 +71,7 @@ FLOORS = (
     "cli.tune",
     "cli.bench_codecs cli.bench_search cli.bench_tiers",
     "cli.bench_basis cli.bench_cskv cli.bench_latents cli.bench_lowrank cli.bench_pack",
-    "cli.bench_sharing",
+    "cli.bench_endless cli.bench_sharing",
     "cli",
     "__main__",
 )

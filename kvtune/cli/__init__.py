@@ -23,6 +23,7 @@ def build() -> typer.Typer:
         bench_basis,
         bench_codecs,
         bench_cskv,
+        bench_endless,
         bench_latents,
         bench_lowrank,
         bench_pack,
@@ -79,6 +80,7 @@ def build() -> typer.Typer:
         bench_basis,
         bench_sharing,
         bench_pack,
+        bench_endless,
     )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
