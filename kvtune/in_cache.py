@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvtune.held import Pair
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rope import Rope
-from kvtune.tiers import Pair, Tiers
+from kvtune.tiers import Tiers
 from kvtune.view import Observed, Spot
 
 

@@ -50,7 +50,7 @@ FLOORS = (
     "packing",
     "baseline biased calibrate front lessons search",
     "publish suite training",
-    "bench bench.compositions bench.sharing bench.tiers bench.trials trainer tune",
+    "bench bench.compositions bench.sharing bench.tiers bench.tokens bench.trials trainer tune",
     "bench.codecs bench.duel bench.endless bench.frontier bench.packing bench.scaling bench.whole",
     "bench.cskv bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",

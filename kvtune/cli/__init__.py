@@ -30,6 +30,7 @@ def build() -> typer.Typer:
         bench_search,
         bench_sharing,
         bench_tiers,
+        bench_tokens,
         calibrate,
         doctor,
         fit,
@@ -81,6 +82,7 @@ def build() -> typer.Typer:
         bench_sharing,
         bench_pack,
         bench_endless,
+        bench_tokens,
     )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")
