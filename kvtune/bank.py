@@ -4,7 +4,7 @@ behind, so that a trial costs its continuation only."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from kvtune.attention import NAME, Reading, causal
 from kvtune.errors import UsageError
 from kvtune.models import Facts, facts
 from kvtune.placement import input_device
+from kvtune.policy import Policy
 from kvtune.texts import Document, sequences
-from kvtune.view import received
+from kvtune.view import Observed, received
 
 
 class Sizes(NamedTuple):
@@ -33,6 +34,13 @@ class Sizes(NamedTuple):
 Observe = Callable[
     [int, Tensor, Tensor, Tensor], None
 ]  # layer, query [B, Hq, T, D], keys and values [B, H, T, D]
+
+
+class Scaled(NamedTuple):
+    """How a layer scales its logits, and where it caps them."""
+
+    scale: float | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,9 @@ class Bank:
     others: dict[int, Any]  # the cache layers that stay transformers' own
     logp: Tensor  # [N, M, V], log-probabilities of the dense model on the continuation
     attention: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Scaled] = field(default_factory=dict)
+    # keys [N, H, a, D] of tokens that were looked at behind the context; `queries` end in theirs
+    ahead: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def continuation(self) -> int:
@@ -71,14 +82,31 @@ class Bank:
         """The token after each of them [N, M]."""
         return self.tokens[:, self.context + 1 :]
 
-    def received(self, layer: int) -> Tensor:
-        """The attention [N, H, C] that the context's tokens got; UsageError when none was kept."""
-        if layer not in self.attention:
-            raise UsageError(
-                "The policy selects tokens by attention, which this bank did not sum up.",
-                'Build the bank with needs = {"attention"}.',
-            )
-        return self.attention[layer]
+    def observed(self, layer: int, policy: Policy) -> Observed | None:
+        """What is known of a layer's context where the selectors of a policy want it.
+
+        Raises:
+            UsageError: the bank was built for other policies.
+        """
+        if policy.select is None:
+            return None
+        scale, softcap = self.logits[layer]
+        found = Observed(scale=scale, softcap=softcap)
+        if policy.needs & {"attention", "replay"}:
+            if layer not in self.attention:
+                raise _unseen("attention", "did not sum up")
+            found = found._replace(attention=self.attention[layer])
+        if "queries" in policy.needs:
+            more = self.ahead[layer].shape[2] if self.ahead else 0
+            asked, held = min(policy.observed, self.context) + more, self.queries[layer]
+            if held.shape[2] < asked:
+                raise _unseen(f"the last {asked} queries", f"holds {held.shape[2]} of")
+            found = found._replace(queries=held[:, :, held.shape[2] - asked :])
+        if "ahead" in policy.needs:
+            if layer not in self.ahead:
+                raise _unseen("what a draft looks at", "has not read")
+            found = found._replace(ahead=self.ahead[layer])
+        return found
 
     def dense_layer(self, layer: int, rows: slice | list[int] = slice(None)) -> Any:
         """A stock cache layer that holds the context of the given sequences."""
@@ -91,6 +119,21 @@ class Bank:
         dense = DynamicLayer()
         dense.update(self.keys[layer][rows], self.values[layer][rows])
         return dense
+
+
+def _unseen(what: str, why: str) -> UsageError:
+    return UsageError(
+        f"The policy selects tokens by {what}, which this bank {why}.",
+        "Build the bank for these policies: build(model, tokens, context, **wanted(policies)).",
+    )
+
+
+def wanted(policies: Iterable[Policy]) -> dict[str, Any]:
+    """What `build` is told of the policies to be measured: `needs`, and a `window` of queries."""
+    needs, window = frozenset[str](), 16
+    for policy in policies:
+        needs, window = needs | policy.needs, max(window, policy.observed)
+    return {"needs": needs, "window": window}
 
 
 def text_tokens(documents: list[Document], tokenizer: Any, sizes: Sizes, role: str) -> Tensor:
@@ -109,6 +152,7 @@ class Recorder(DynamicLayer):
         super().__init__()
         self._show, self._sum_up, self._shown = show, sum_up, False
         self.attention: Tensor | None = None  # [B, H, T] that the first tokens to come got
+        self.logits = Scaled()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -125,6 +169,7 @@ class Recorder(DynamicLayer):
         if not self._shown:  # a model may hand the reading on to other layers
             self._show(query, self.keys, self.values)
             self._shown = True
+        self.logits = Scaled(scale, softcap)
         if self._sum_up:
             self.attention, self._sum_up = received(query, self.keys, scale, softcap), False
         count = query.shape[2]
@@ -190,6 +235,7 @@ def build(
             for i in full
             if "attention" in needs
         },
+        {i: kept[0][1].layers[i].logits for i in full},
     )
 
 

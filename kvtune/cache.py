@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,11 @@ from kvtune.policy import Policy
 from kvtune.recipe import Recipe
 from kvtune.rope import Rope
 from kvtune.sharing import units
+from kvtune.shortening import Shortener
+from kvtune.spots import spots
 from kvtune.tensors import Artifact
 from kvtune.units import make_unit
+from kvtune.view import Observed, Spot
 
 
 class CompressedCache(Cache):
@@ -46,9 +50,10 @@ class CompressedCache(Cache):
         config: Any,
         rope: Mapping[int, Rope],
         tensors: Mapping[str, Tensor],
+        spots: Mapping[int, Spot] = MappingProxyType({}),
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
-        self.shared = Shared()
+        self.shared = Shared(spots)
         known = facts(config)
 
         def places(index: int) -> tuple[MakeSite, MakeSite]:
@@ -61,15 +66,20 @@ class CompressedCache(Cache):
             for index, layer in zip(unit, made, strict=True):
                 layers[index] = layer
         super().__init__(layers=layers)
-        self._made_of = (policies, config, rope, tensors)
+        self.policies = policies
+        self.shortener: Shortener | None = None  # what cuts a prompt before it is read
+        self._made_of = (policies, config, rope, tensors, spots)
 
     def fresh(self) -> CompressedCache:
         """An empty cache of the same recipe and model."""
-        return CompressedCache(*self._made_of)
+        made = CompressedCache(*self._made_of)
+        made.shortener = self.shortener
+        return made
 
     def reset(self) -> None:
         """Forgets everything; older transformers only zero their own layers."""
-        self.layers = self.fresh().layers
+        fresh = self.fresh()
+        self.layers, self.shared = fresh.layers, fresh.shared
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +115,13 @@ def load(
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
+    read = recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))
     policies, placed = resolved(recipe, model, force, tensors)
     needs_rope = any("rope" in policy.needs for policy in policies)
-    cache = CompressedCache(policies, model.config, ropes(model) if needs_rope else {}, placed)
+    turns = ropes(model) if needs_rope else {}
+    found = spots(model, policies, turns, placed)
+    cache = CompressedCache(policies, model.config, turns, placed, found)
+    cache.shortener = read.shortener
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
     return cache
@@ -189,22 +203,20 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
     without data, so that no formula can drift from it."""
     stored = dense = fixed = 0
     for unit in units(policies, known.layers):
-        first, shape = policies[unit[0]], _shape(known.layers[unit[0]])
+        first, layer = policies[unit[0]], known.layers[unit[0]]
+        shape = layer.kv_heads, layer.head_dim
         full = [_full(known.layers[index], context) for index in unit]
         dense += sum(full)
         if first.sharer is not None:
             stored += sum(group_bytes(first, len(unit), *shape, context))
             continue
         # of several layers the first is the owner, and the others store nothing
-        stored += full[0] if first.is_dense else sum(layer_bytes(first, *shape, context))
-        fixed += sum(fitted_bytes(first, *shape))
+        own = layer_bytes(first, *shape, context, layer.query_heads)
+        stored += full[0] if first.is_dense else sum(own)
+        fixed += sum(fitted_bytes(first, *shape, layer.query_heads))
     bits = [policies[i].payload_bits for i in known.compressible()]
     payload = sum(bits) / max(1, len(bits))
     return Weight(stored * batch + fixed, dense * batch, payload)
-
-
-def _shape(layer: LayerFacts) -> tuple[int, int]:
-    return layer.kv_heads, layer.head_dim
 
 
 def _full(layer: LayerFacts, context: int) -> int:
@@ -216,35 +228,48 @@ def _full(layer: LayerFacts, context: int) -> int:
 
 
 @lru_cache(8192)  # layers are alike, and so are most of the policies of a search
-def layer_bytes(policy: Policy, kv_heads: int, head_dim: int, context: int) -> tuple[int, int]:
-    """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens."""
-    return group_bytes(policy, 1, kv_heads, head_dim, context)
+def layer_bytes(
+    policy: Policy, kv_heads: int, head_dim: int, context: int, query_heads: int = 0
+) -> tuple[int, int]:
+    """Bytes of a compressed layer's keys, and values, after a prompt of `context` tokens; with as
+    many query heads as kv heads, unless more are given: some selectors keep queries."""
+    return group_bytes(policy, 1, kv_heads, head_dim, context, query_heads)
 
 
 @lru_cache(8192)
 def group_bytes(
-    policy: Policy, layers: int, kv_heads: int, head_dim: int, context: int
+    policy: Policy, layers: int, kv_heads: int, head_dim: int, context: int, query_heads: int = 0
 ) -> tuple[int, int]:
     """As `layer_bytes`, of so many layers that store together."""
     own = sites(0, _NO_ROPE, blanks(0, policy, kv_heads, head_dim))
     unit = tuple(range(layers))
     made = make_unit(unit, (policy,) * layers, lambda index: own)
     x = torch.empty(1, kv_heads, context, head_dim, dtype=torch.bfloat16, device="meta")
-    got = torch.empty(x.shape[:3], device="meta")
     for layer in made:
-        layer.fill(x, x.clone(), got if "attention" in policy.needs else None)
+        layer.fill(x, x.clone(), _observed(policy, x, query_heads or kv_heads))
     keys, values = zip(*(layer.side_bytes for layer in made), strict=True)
     return sum(keys), sum(values)
 
 
-def fitted_bytes(policy: Policy, kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of the tensors that a layer's keys, and values, are read with, whatever the batch."""
-    found = blanks(0, policy, kv_heads, head_dim)
-    keys, values = (
-        sum(x.nbytes for name, x in found.items() if name.startswith(f"layer.0.{side}."))
-        for side in ("keys", "values")
-    )
-    return keys, values
+def _observed(policy: Policy, x: Tensor, query_heads: int) -> Observed | None:
+    """What is known of keys [B, H, T, D] without data where a selector wants it."""
+    needs, found = policy.needs, Observed()
+    if needs & {"attention", "replay"}:
+        found = found._replace(attention=torch.empty(x.shape[:3], device="meta"))
+    if "queries" in needs:
+        asked = (x.shape[0], query_heads, min(policy.observed, x.shape[2]), x.shape[3])
+        found = found._replace(queries=x.new_empty(asked))
+    return found
+
+
+def fitted_bytes(
+    policy: Policy, kv_heads: int, head_dim: int, query_heads: int = 0
+) -> tuple[int, int]:
+    """Bytes of the tensors that a layer's keys, and values, are read with, whatever the batch; what
+    a selector reads counts as keys'."""
+    found = blanks(0, policy, kv_heads, head_dim, query_heads)
+    values = sum(x.nbytes for name, x in found.items() if name.startswith("layer.0.values."))
+    return sum(x.nbytes for x in found.values()) - values, values
 
 
 _NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

@@ -21,7 +21,7 @@ from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.marks import Tokens
 from kvtune.parts import SEARCH, Borrower, Codec, Sharer
-from kvtune.retention import Selector
+from kvtune.retention import Allocator, Merger, Selector
 from kvtune.spans import check
 
 # what "search" opens; fewer exact tokens than these are hardly cheaper
@@ -72,6 +72,18 @@ def _sharing(value: Any) -> Any:
     return value
 
 
+def _merging(value: Any) -> Any:
+    if value is not None and not isinstance(_part(value, "values_only"), Merger):
+        raise ValueError(f"{value['use']} is a {_part(value).kind}; merge takes a merger")
+    return value
+
+
+def _allotting(value: Any) -> Any:
+    if value is not None and not isinstance(_part(value, "pyramid"), Allocator):
+        raise ValueError(f"{value['use']} is a {_part(value).kind}; allot takes an allocator")
+    return value
+
+
 def _part(value: Any, example: str = "attention") -> parts.Part:
     if not isinstance(value, Mapping):
         raise ValueError(f'expected a part such as {{ use = "{example}" }}')
@@ -107,10 +119,14 @@ Span = Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
 Selection = Annotated[
     dict[str, Any] | None, BeforeValidator(_selection), WithJsonSchema({"type": "object"})
 ]
-
-
 Sharing = Annotated[
     dict[str, Any] | None, BeforeValidator(_sharing), WithJsonSchema({"type": "object"})
+]
+Merging = Annotated[
+    dict[str, Any] | None, BeforeValidator(_merging), WithJsonSchema({"type": "object"})
+]
+Allotting = Annotated[
+    dict[str, Any] | None, BeforeValidator(_allotting), WithJsonSchema({"type": "object"})
 ]
 
 
@@ -135,10 +151,12 @@ class Tier(Record):
 
 
 class HeadEntry(Record):
-    """Some kv heads of a layer ("0, 2", "first 1") that are stored in a way of their own."""
+    """Some kv heads of a layer ("0, 2", "first 1") that are stored in a way of their own; with a
+    selector of their own where the layer selects tokens, else the layer's."""
 
     span: Span
     kept: Tier = Tier()
+    select: Selection = None
 
 
 def _listed(value: Any) -> Any:
@@ -156,8 +174,10 @@ Rest = Annotated[Tier | Literal["drop"] | None, BeforeValidator(_fate)]
 class LayerPolicy(Record):
     """One policy for a span of layers ("all", "rest", "first 2", "last 2", "0-3, 7").
 
-    With a selector, the tokens that win go to `kept` and the others to `rest`, or nowhere. With
-    `share`, `kept` stores what neighbouring layers share.
+    With a selector, the tokens that win go to `kept` and the others to `rest`, or nowhere, or are
+    folded into the winners by `merge`; `allot` shares the budget out to the layers of the span, or
+    to their heads, when a recipe is fitted. With `share`, `kept` stores what neighbouring layers
+    share.
     """
 
     span: Span
@@ -167,6 +187,8 @@ class LayerPolicy(Record):
     heads: Heads = ()
     select: Selection = None
     rest: Rest = None
+    merge: Merging = None
+    allot: Allotting = None
     share: Sharing = None
 
     def is_open(self) -> bool:
@@ -206,15 +228,21 @@ class LayerPolicy(Record):
 
     @model_validator(mode="after")
     def _rest_has_a_selector(self) -> Self:
+        named = () if isinstance(self.heads, str) else self.heads
         if self.select is None:
             if self.rest is not None:
                 raise ValueError(
                     "rest is what becomes of tokens that a selector passes over: "
                     'write select = { use = "attention" }, or leave rest out'
                 )
+            if self.merge or self.allot or any(own.select for own in named):
+                raise ValueError(
+                    "merge, allot and what heads select belong to a layer that selects tokens: "
+                    'write select = { use = "attention" } in the layer'
+                )
             return self
-        if self.heads:
-            raise ValueError("a layer that selects tokens treats its heads alike: leave heads out")
+        if self.allot and named:
+            raise ValueError("a layer lists its heads, or an allocator does: leave one out")
         if self.is_open() or (isinstance(self.rest, Tier) and self.rest.is_open()):
             raise ValueError("a layer that selects tokens is not searched: write its settings")
         return self

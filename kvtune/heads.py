@@ -12,6 +12,7 @@ from kvtune.attention import Reading
 from kvtune.layer import CompressedLayer, Group, Shared
 from kvtune.pages import MakeSite, narrowed
 from kvtune.policy import Policy
+from kvtune.view import Observed
 
 
 def make_layer(
@@ -26,6 +27,18 @@ def picked(x: Tensor, heads: tuple[int, ...], share: int = 1) -> Tensor:
     """Returns the part of x [B, H * share, n, D] that belongs to some of H kv heads, a view where
     they are neighbours; `share` query heads read one kv head."""
     return x[:, _places(heads, share, x.device)]
+
+
+def observed_by(observed: Observed, heads: tuple[int, ...], kv_heads: int) -> Observed:
+    """What is known of a prompt's tokens in some of its kv heads."""
+    attention, queries, ahead = observed.attention, observed.queries, observed.ahead
+    if queries is not None:
+        queries = picked(queries, heads, queries.shape[1] // kv_heads)
+    return observed._replace(
+        attention=None if attention is None else picked(attention, heads),
+        queries=queries,
+        ahead=None if ahead is None else picked(ahead, heads),
+    )
 
 
 class HeadedLayer(CompressedLayer):
@@ -44,6 +57,8 @@ class HeadedLayer(CompressedLayer):
             for heads, own in policy.parts()
         ]
         self._kv_heads = sum(len(heads) for heads, _ in self.parts)
+        for heads, part in self.parts:
+            part.heads = (heads, self._kv_heads)
 
     @property
     def groups(self) -> list[Group]:
@@ -73,13 +88,26 @@ class HeadedLayer(CompressedLayer):
         for heads, part in self.parts:
             places = _places(heads, share, query.device)
             out[:, places] = part.attend(query[:, places], mask, scale, softcap)
+        self.seen = self.parts[0][1].seen
         return out
 
-    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
+    def fill(self, keys: Tensor, values: Tensor, observed: Observed | None = None) -> None:
         """Takes an unpadded context [B, H, T, D], as a prompt's forward would leave it."""
         self.begin(keys)
         for heads, part in self.parts:
-            part.fill(picked(keys, heads), picked(values, heads))
+            own = observed and observed_by(observed, heads, self._kv_heads)
+            part.fill(picked(keys, heads), picked(values, heads), own)
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of an unpadded context, as they are read next."""
+        order = torch.tensor([head for heads, _ in self.parts for head in heads]).argsort()
+        keys, values = zip(*(part.prompt() for _, part in self.parts), strict=True)
+        return torch.cat(keys, 1)[:, order], torch.cat(values, 1)[:, order]
+
+    def settle_prompt(self, scores: Tensor | None) -> None:
+        """Lets a prompt that has waited compete, by scores [B, H, T] of a replay."""
+        for heads, part in self.parts:
+            part.settle_prompt(None if scores is None else picked(scores, heads))
 
     def fork(self) -> HeadedLayer:
         """A copy-on-write twin."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,10 +15,12 @@ from transformers.cache_utils import CacheLayerMixin
 from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
 from kvtune.fused import FusedRows, serves
+from kvtune.in_cache import InCache
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
 from kvtune.tiers import Tiers
+from kvtune.view import Observed, Spot
 
 
 class Group(NamedTuple):
@@ -28,10 +32,19 @@ class Group(NamedTuple):
 
 
 class Shared:
-    """What the layers of one cache share: the kernels' workspace, and the padding read last."""
+    """What the layers of one cache share: the kernels' workspace, the padding read last, what
+    selectors may know of their place, and how a prompt is to be taken.
 
-    def __init__(self) -> None:
+    Of a prompt the last `ahead` tokens are only looked at; while `waits` is set it stays whole
+    until `CompressedLayer.settle_prompt`; `kinds` [B, T], padding included, marks tokens that go
+    before others.
+    """
+
+    def __init__(self, spots: Mapping[int, Spot] = MappingProxyType({})) -> None:
         self.workspace = Workspace()
+        self.ahead, self.waits = 0, False
+        self.kinds: Tensor | None = None
+        self._spots = spots
         self._mask: weakref.ref[Tensor] | None = None
         self._pads: list[int] | None = None
 
@@ -41,6 +54,10 @@ class Shared:
             self._pads = paddings(mask, batch)
             self._mask = None if mask is None else weakref.ref(mask)
         return self._pads
+
+    def spot(self, layer: int) -> Spot:
+        """What selectors may know of their place in a layer."""
+        return self._spots.get(layer) or Spot(layer)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -61,6 +78,7 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.policy = policy
         self.seen = 0  # tokens, padding included
+        self.heads: tuple[tuple[int, ...], int] | None = None  # own kv heads, of so many
         self._groups: list[Group] = []
         self._sites, self._shared = sites, shared or Shared()
         self._incoming: tuple[Tensor, Tensor] | None = None
@@ -97,7 +115,22 @@ class CompressedLayer(CacheLayerMixin):
     def _attend(
         self, query: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
     ) -> Tensor:
+        opens = not self.groups
         keys, values = self._admitted(mask)
+        try:
+            return self._read(query, keys, values, scale, softcap)
+        finally:
+            if opens and self.policy.select is not None:
+                self.seen -= self._shared.ahead
+
+    def _read(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
         first = self.groups[0]
         if len(self.groups) == 1 and (first.rows.ragged or first.pads[0] == 0):
             return first.rows.attend(query, keys, values, scale, softcap)
@@ -121,17 +154,29 @@ class CompressedLayer(CacheLayerMixin):
             )
         return keys, values
 
-    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
+    def fill(self, keys: Tensor, values: Tensor, observed: Observed | None = None) -> None:
         """Takes an unpadded context [B, H, T, D] that was computed densely, as a prompt's forward
-        would leave it; `attention` [B, H, T] is what its tokens got, where a selector needs it."""
+        would leave it, with what a selector needs to know of it."""
         self.begin(keys)
         with torch.cuda.device_of(keys):
             self._open(None, keys)
             rows = self.groups[0].rows
             if isinstance(rows, Tiers):
-                rows.fill(keys, values, attention)
+                rows.fill(keys, values, observed or Observed())
             else:
                 rows.fill(keys, values)
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of an unpadded context, as they are read next: all exact
+        while it waits."""
+        return self.groups[0].rows.read(self.dtype)
+
+    def settle_prompt(self, scores: Tensor | None) -> None:
+        """Lets a prompt that has waited compete: by scores [B, H, T] of a replay, padding included,
+        where a selector needs one."""
+        for members, pads, rows in self.groups:
+            assert isinstance(rows, Tiers), "only layers that select tokens wait"
+            rows.decide(None if scores is None else scores[members][:, :, pads[0] :])
 
     def begin(self, keys: Tensor) -> None:
         """Notes the dtype, device and length of a context [B, H, T, D] that is about to be held."""
@@ -152,7 +197,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _hand_over(self, twin: CompressedLayer) -> None:
         twin._groups = [Group(members, pads, rows.fork()) for members, pads, rows in self._groups]
-        twin.seen, twin.is_initialized = self.seen, self.is_initialized
+        twin.seen, twin.is_initialized, twin.heads = self.seen, self.is_initialized, self.heads
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
 
@@ -248,7 +293,7 @@ class CompressedLayer(CacheLayerMixin):
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
             own = [pad] * len(members)
-            self._groups.append(Group(members, own, self._rows(pad)))
+            self._groups.append(Group(members, own, self._rows(members, pad)))
 
     def _fuses(self, keys: Tensor) -> bool:
         """Whether kernels store and read the layer."""
@@ -258,9 +303,18 @@ class CompressedLayer(CacheLayerMixin):
             say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
         return False
 
-    def _rows(self, pad: int) -> Rows | Tiers:
+    def _rows(self, members: list[int], pad: int) -> Rows | Tiers:
         """Empty rows with so much padding, in plain torch."""
-        return (Tiers if self.policy.select else Rows)(self.policy, self._sites)
+        if self.policy.select is None:
+            return Rows(self.policy, self._sites)
+        layer = self._sites[0](torch.arange(0), torch.float32).layer
+        spot = self._shared.spot(layer)
+        kind = InCache if self.policy.select.in_cache else Tiers
+        tiers = kind(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
+        tiers.ahead, tiers.waits = self._shared.ahead, self._shared.waits
+        if self._shared.kinds is not None:
+            tiers.kinds = self._shared.kinds[members][:, pad:]
+        return tiers
 
     def _pads(self) -> list[int]:
         by_row = {

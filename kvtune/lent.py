@@ -13,6 +13,7 @@ from kvtune.layer import CompressedLayer, Shared
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
+from kvtune.view import Observed
 
 
 class LendingLayer(CompressedLayer):
@@ -100,7 +101,7 @@ class BorrowingLayer(CompressedLayer):
         self.seen += key_states.shape[-2]
         return Reading(self.owner), Reading(self.owner)
 
-    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None = None) -> None:
+    def fill(self, keys: Tensor, values: Tensor, observed: Observed | None = None) -> None:
         """Notes how long the context [B, H, T, D] is."""
         self.begin(keys)
 

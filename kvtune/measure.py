@@ -23,15 +23,17 @@ from kvtune.chains import Chain
 from kvtune.errors import ResourceError
 from kvtune.fitted import sites
 from kvtune.fused import FusedRows, serves
-from kvtune.heads import HeadedLayer, make_layer, picked
-from kvtune.layer import CompressedLayer
+from kvtune.heads import HeadedLayer, make_layer, observed_by, picked
+from kvtune.layer import CompressedLayer, Shared
 from kvtune.pages import MakeSite, narrowed
 from kvtune.policy import Policy
 from kvtune.rope import Rope
 from kvtune.rows import Rows, Side
 from kvtune.sharing import Unit, owners, pieces, units
+from kvtune.spots import outputs
 from kvtune.tiers import Tiers
 from kvtune.units import forked, make_unit
+from kvtune.view import Spot
 
 MEMO_BYTES = 400 << 20
 Fit = Callable[[int, Policy], Mapping[str, Tensor]]  # layer, policy -> the tensors that it reads
@@ -182,7 +184,8 @@ class Bench:
     def filled(self, layer: int, policy: Policy) -> CompressedLayer:
         """A layer that holds the bank's contexts under a policy."""
         made = self._empty(layer, policy)
-        made.fill(self.bank.keys[layer], self.bank.values[layer], self._got(layer, policy))
+        observed = self.bank.observed(layer, policy)
+        made.fill(self.bank.keys[layer], self.bank.values[layer], observed)
         return made
 
     def _layers(self, policies: tuple[Policy, ...], rows: list[int], memo: bool) -> list[Any]:
@@ -246,7 +249,20 @@ class Bench:
         return layer
 
     def _empty(self, layer: int, policy: Policy) -> CompressedLayer:
-        return make_layer(policy, self._sites(layer, policy))
+        shared = Shared({layer: self._spot(layer, policy)} if policy.select else {})
+        return make_layer(policy, self._sites(layer, policy), shared)
+
+    def _spot(self, layer: int, policy: Policy) -> Spot:
+        stem = f"layer.{layer}.select."
+        fitted = self._fit(layer, policy) if self._fit else {}
+        own = {n.removeprefix(stem): x for n, x in fitted.items() if n.startswith(stem)}
+        output = self._outputs[layer] if "output" in policy.needs else None
+        rope = self._ropes.get(layer)
+        return Spot(layer, len(self.bank.facts.layers), own, rope, output)
+
+    @functools.cached_property
+    def _outputs(self) -> dict[int, Tensor]:
+        return outputs(self.model)
 
     def _sites(self, layer: int, policy: Policy) -> tuple[MakeSite, MakeSite]:
         tensors = self._fit(layer, policy) if self._fit else {}
@@ -265,10 +281,6 @@ class Bench:
             for heads, part in parts:
                 part.hold(picked(whole, heads), self._rows(layer, heads, part.policy))
         return made
-
-    def _got(self, layer: int, policy: Policy) -> Tensor | None:
-        """The attention that a context's tokens got, where a policy's selector needs it."""
-        return self.bank.received(layer) if "attention" in policy.needs else None
 
     def _rows(self, layer: int, heads: tuple[int, ...], policy: Policy) -> Rows | FusedRows | Tiers:
         keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
@@ -292,8 +304,12 @@ class Bench:
 
     def _whole(self, layer: int, heads: tuple[int, ...], policy: Policy) -> FusedRows | Tiers:
         keys, values = (picked(x[layer], heads) for x in (self.bank.keys, self.bank.values))
-        made = self._empty(layer, policy)
-        made.fill(keys, values, self._got(layer, policy))
+        made, every = self._empty(layer, policy), self.bank.keys[layer].shape[1]
+        observed = self.bank.observed(layer, policy)
+        if len(heads) < every:
+            made.heads = (heads, every)
+            observed = observed and observed_by(observed, heads, every)
+        made.fill(keys, values, observed)
         rows = made.groups[0].rows
         assert not isinstance(rows, Rows)
         return rows

@@ -75,7 +75,11 @@ class Grown:
 
 
 class Pages:
-    """Tokens encoded once, in whole blocks, never decoded and encoded again."""
+    """Tokens encoded once, in whole blocks, never decoded and encoded again.
+
+    Tokens stand one after the other, or at positions of their own [B, H or 1, n] each, which are
+    kept where a codec reads them.
+    """
 
     def __init__(self, chain: Chain, make_site: MakeSite, start: int) -> None:
         self.chain = chain
@@ -86,13 +90,20 @@ class Pages:
         self._sides: list[list[Grown]] = []
         self._back: Latents | Literal[False] | None = None  # False where there is none
         self._learned: dict[str, Tensor] = {}  # of each row, whatever its length
+        self._positions: Grown | None = None  # int32 [B, H or 1, T]
 
-    def append(self, x: Tensor) -> None:
+    def append(self, x: Tensor, positions: Tensor | None = None) -> None:
         """Encodes and stores x [B, H, n, D], n a multiple of the chain's block."""
         if x.shape[2] == 0:
             return
         first = self._start + self.tokens
         site = self._site(first, x.shape[2], x.device, x.dtype)
+        if positions is not None and "rope" in self.chain.needs:
+            site = replace(site, positions=positions)
+            if self._positions is None:
+                self._positions = Grown(positions.int())
+            else:
+                self._positions.append(positions.int())
         if self._body is None:
             code, self._learned = self.chain.begin(x, site)
         else:
@@ -106,6 +117,16 @@ class Pages:
         for held, side in zip(self._sides, code.sides, strict=True):
             for grown, tensor in zip(held, side, strict=True):
                 grown.append(tensor)
+
+    def keep(self, places: Tensor) -> None:
+        """Forgets all blocks but those at places [B, H, n], ascending."""
+        assert self._body is not None, "something was stored"
+        blocks = self.tokens // self.chain.block
+        self._body = _gathered(self._body, places, blocks)
+        self._sides = [[_gathered(x, places, blocks) for x in side] for side in self._sides]
+        if self._positions is not None:
+            self._positions = _gathered(self._positions, places, blocks)
+        self.tokens = places.shape[2] * self.chain.block
 
     def read(self, dtype: torch.dtype) -> Tensor | None:
         """Decodes everything: [B, H, T, D], or None while nothing is stored."""
@@ -131,6 +152,10 @@ class Pages:
         """Tokens that have left the window and are still as they were; pages have none."""
         return None
 
+    def empty(self) -> Pages:
+        """Pages of the same chain, without tokens."""
+        return Pages(self.chain, self._make_site, self._start)
+
     def fork(self) -> Pages:
         """A copy-on-write twin."""
         return self._mapped(Grown.fork)
@@ -146,18 +171,32 @@ class Pages:
         """Bytes held: codes, scales, zeros, slack and what was learned of the rows."""
         flat = [grown for side in self._sides for grown in side]
         learned = sum(x.untyped_storage().nbytes() for x in self._learned.values())
-        held = sum(grown.nbytes for grown in (*flat, *([self._body] if self._body else [])))
+        alone = [x for x in (self._body, self._positions) if x is not None]
+        held = sum(grown.nbytes for grown in (*flat, *alone))
         return held + learned
 
     def _mapped(self, move: Callable[[Grown], Grown]) -> Pages:
         twin = Pages(self.chain, self._make_site, self._start)
         twin.tokens, twin._learned = self.tokens, self._learned
         twin._body = move(self._body) if self._body else None
+        twin._positions = move(self._positions) if self._positions else None
         twin._sides = [[move(grown) for grown in side] for side in self._sides]
         return twin
 
     def _site(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Site:
         site = self._make_site(torch.arange(first, first + count, device=device), dtype)
+        if self._positions is not None:
+            site = replace(site, positions=self._positions.tensor)
         if not self._learned:
             return site
         return replace(site, tensors={**site.tensors, **self._learned})
+
+
+def _gathered(held: Grown, places: Tensor, blocks: int) -> Grown:
+    """The blocks of tokens at places [B, H, n] of a tensor [B, H or 1, T', *]."""
+    x = held.tensor
+    heads, each = x.shape[1], x.shape[2] // blocks
+    apart = x.unflatten(2, (blocks, each))
+    own = places if heads == places.shape[1] else places[:, :1].expand(-1, heads, -1)
+    index = own.reshape(*own.shape, *[1] * (apart.ndim - 3)).expand(-1, -1, -1, *apart.shape[3:])
+    return Grown(apart.gather(2, index).flatten(2, 3))

@@ -10,7 +10,7 @@ from kvtune_kernels import Window
 from pydantic import PlainSerializer as Serializer
 from pydantic import model_validator
 
-from kvtune import parts
+from kvtune import parts, selection
 from kvtune.chains import Chain
 from kvtune.entries import DROP, HeadEntry
 from kvtune.entries import LayerPolicy as LayerPolicy
@@ -18,7 +18,7 @@ from kvtune.entries import Record as Record
 from kvtune.entries import Tier as Tier
 from kvtune.errors import UsageError
 from kvtune.parts import Borrower, Projection, Sharer
-from kvtune.retention import Selector
+from kvtune.retention import Merger, Selector
 from kvtune.spans import resolve, write
 from kvtune.splits import Split, smallest
 
@@ -31,6 +31,10 @@ class HeadGroup(NamedTuple):
     heads: tuple[int, ...]
     keys: Written
     values: Written
+    select: Annotated[Selector, Serializer(str)] | None = None
+
+
+Alone = tuple[Chain, Chain, Selector | None]  # keys, values and selector of one kv head
 
 
 class Policy(Record):
@@ -39,7 +43,8 @@ class Policy(Record):
 
     `heads` is empty when all kv heads are alike. Otherwise it holds every kv head once, equal ones
     together, and `keys` and `values` are those of the largest group. With `select`, `keys` and
-    `values` store the tokens that win, and `rest` the others; without `rest` these are dropped.
+    `values` store the tokens that win, and `rest` the others; without `rest` these are dropped,
+    or folded into the winners by `merge`. Each group of heads has a selector of its own.
     With a sharer, `keys` and `values` store the body that layers share; with a borrower, nothing.
     """
 
@@ -50,27 +55,35 @@ class Policy(Record):
     heads: tuple[HeadGroup, ...] = ()
     select: Annotated[Selector, Serializer(str)] | None = None
     rest: tuple[Written, Written] | None = None  # keys and values
+    merge: Annotated[Merger, Serializer(str)] | None = None
     share: Annotated[Sharer | Borrower, Serializer(str)] | None = None
     least: int = 0  # tokens that a basis is learned of; before that many are due, none is paged
 
     @classmethod
     def by_head(cls, sinks: int, recent: int, heads: Sequence[tuple[Chain, Chain]]) -> Policy:
         """The policy of a layer whose kv heads have these keys and values each."""
-        groups: dict[tuple[Chain, Chain], list[int]] = {}
-        for head, pair in enumerate(heads):
-            groups.setdefault(pair, []).append(head)
-        keys, values = max(groups, key=lambda pair: len(groups[pair]))
-        made = tuple(HeadGroup(tuple(own), *pair) for pair, own in groups.items())
+        return cls.of_heads([(*pair, None) for pair in heads], sinks=sinks, recent=recent)
+
+    @classmethod
+    def of_heads(cls, heads: Sequence[Alone], **others: Any) -> Policy:
+        """The same, where each kv head may have its own selector as well."""
+        groups: dict[Alone, list[int]] = {}
+        for head, own in enumerate(heads):
+            groups.setdefault(own, []).append(head)
+        keys, values, select = max(groups, key=lambda own: len(groups[own]))
+        made = tuple(HeadGroup(tuple(found), *own) for own, found in groups.items())
         several = made if len(made) > 1 else ()
-        return cls(sinks=sinks, recent=recent, keys=keys, values=values, heads=several)
+        return cls(keys=keys, values=values, select=select, heads=several, **others)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         named = sorted(head for group in self.heads for head in group.heads)
         if named != list(range(len(named))):
             raise ValueError("the heads of a policy are all kv heads, each once")
-        if (self.select is None and self.rest) or (self.select and self.heads):
-            raise ValueError("a rest has a selector, and a selector treats all heads alike")
+        if self.select is None and (self.rest or self.merge):
+            raise ValueError("a rest, and what is merged, has a selector")
+        if any((group.select is None) != (self.select is None) for group in self.heads):
+            raise ValueError("all heads of a layer select tokens, or none does")
         if self.share and (self.select or self.heads):
             raise ValueError("layers that share treat tokens and heads alike")
         if self.heads and not all(chain.apart for chain in self.chains):
@@ -79,15 +92,17 @@ class Policy(Record):
 
     def parts(self) -> tuple[tuple[tuple[int, ...], Policy], ...]:
         """Each group of kv heads with the policy that it alone follows."""
-        ends: dict[str, Any] = {name: getattr(self, name) for name in ("sinks", "recent", "least")}
+        names = ("sinks", "recent", "least", "rest", "merge")
+        ends: dict[str, Any] = {name: getattr(self, name) for name in names}
         return tuple(
-            (heads, Policy(**ends, keys=keys, values=values)) for heads, keys, values in self.heads
+            (heads, Policy(**ends, keys=keys, values=values, select=select))
+            for heads, keys, values, select in self.heads
         )
 
     @property
     def pairs(self) -> tuple[tuple[Chain, Chain], ...]:
         """Keys and values of each kv head, or one pair for all when they are alike."""
-        found = {head: (group.keys, group.values) for group in self.heads for head in group.heads}
+        found = {head: group[1:3] for group in self.heads for head in group.heads}
         return tuple(found[head] for head in sorted(found)) or ((self.keys, self.values),)
 
     @property
@@ -118,8 +133,15 @@ class Policy(Record):
     @property
     def needs(self) -> frozenset[str]:
         """What the parts need of the layer and its sites."""
-        parts = [part for part in (self.select, self.share) if part]
-        return frozenset[str]().union(*(part.needs for part in (*parts, *self.chains)))
+        own = [self.select, self.merge, *(group.select for group in self.heads)]
+        needs = [part.needs for part in (self.share, *self.chains) if part]
+        return frozenset[str]().union(*needs, *(part.wants for part in own if part))
+
+    @property
+    def observed(self) -> int:
+        """How many of the last queries its selectors look at."""
+        own = [self.select, *(group.select for group in self.heads)]
+        return max((select.observed for select in own if select), default=0)
 
     @property
     def payload_bits(self) -> float:
@@ -136,17 +158,38 @@ class Policy(Record):
 
     @property
     def split(self) -> Split | None:
-        """How many tokens of each block win, and how many do not; None without a selector."""
-        if self.select is None:
+        """How many tokens of each block win, and how many do not; None unless by share."""
+        if self.select is None or self.renews:
             return None
         blocks = [_blocks(pair) for pair in ((self.keys, self.values), self.rest or ())]
         return smallest(self.select.share, *blocks)
 
     @property
+    def renews(self) -> bool:
+        """Whether what is kept competes again: under a budget in tokens."""
+        return self.select is not None and self.select.budget > 0
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a selecting layer that are encoded together, and so many of a prompt."""
+        blocks = math.lcm(_blocks((self.keys, self.values)), _blocks(self.rest or ()))
+        return blocks if self.split is None else self.split.block
+
+    def room(self, due: int, kept: int) -> int:
+        """How many tokens win where `due` leave the window, of these and of what is kept."""
+        assert self.select is not None
+        if self.split:
+            return due // self.split.block * self.split.kept
+        most = (self.select.budget - self.sinks - self.recent) // self.unit * self.unit
+        return min(most, due + kept)
+
+    @property
     def block(self) -> int:
         """Tokens that move into the tiers together; of heads that differ, where all have moved."""
-        if self.split:
-            return self.split.block
+        if self.select is not None:
+            return (
+                self.split.block if self.split else -(-self.select.every // self.unit) * self.unit
+            )
         return math.lcm(_blocks(self.chains), self.sharer.block if self.sharer else 1)
 
     @property
@@ -210,41 +253,59 @@ def to_policy(entry: LayerPolicy, kv_heads: int, where: str) -> Policy:
     """Returns what a closed entry asks of a layer with so many kv heads; `where` is for errors.
 
     Raises:
-        UsageError: heads that the layer does not have, or a head named twice; in a layer that
-        selects tokens or shares, a codec that reads positions; one that is fitted in both tiers; a
-        layer that reads another's cache and stores something.
+        UsageError: heads that the layer does not have, or a head named twice; tokens that cannot be
+        selected so (see `selection`); in a layer that shares, a codec that reads positions; a layer
+        that reads another's cache and stores something.
     """
     named = entry.heads if isinstance(entry.heads, tuple) else ()
     ((sinks, recent),) = entry.windows()
     if entry.select is not None:
-        return _selecting(entry, where)
+        return _selecting(entry, named, kv_heads, where)
     if entry.share is not None:
         return _sharing(entry, where)
     if not named:
         keys, values = entry.kept.chains()
         return Policy(sinks=sinks, recent=recent, keys=keys, values=values)
     pairs = [*(own.kept.chains() for own in named), entry.kept.chains()]
-    if joint := [chain for pair in pairs for chain in pair if not chain.apart]:
+    _check_apart(pairs, where)
+    owner = _owners(named, kv_heads, where)
+    return Policy.by_head(sinks, recent, [pairs[index] for index in owner])
+
+
+def _selecting(entry: LayerPolicy, named: Sequence[HeadEntry], kv_heads: int, where: str) -> Policy:
+    ((sinks, recent),) = entry.windows()
+    rest = entry.rest.chains() if isinstance(entry.rest, Tier) else None
+    merge = None if entry.merge is None else parts.parse(entry.merge)
+    assert merge is None or isinstance(merge, Merger), "the entry was checked"
+    alone = [(*own.kept.chains(), _selector(own.select or entry.select)) for own in named]
+    alone.append((*entry.kept.chains(), _selector(entry.select)))
+    for keys, values, select in alone:
+        selection.check(select, (sinks, recent), (keys, values), rest, merge, where)
+    made: dict[str, Any] = {"sinks": sinks, "recent": recent, "rest": rest, "merge": merge}
+    owner = _owners(named, kv_heads, where)
+    _check_apart(alone, where)
+    return Policy.of_heads([alone[index] for index in owner], **made)
+
+
+def _check_apart(heads: Sequence[Sequence[Any]], where: str) -> None:
+    if len(heads) > 1 and (joint := [own for head in heads for own in head[:2] if not own.apart]):
         raise UsageError(
             f"{where}: {joint[0]} stores heads together, so heads cannot differ there.",
             "Leave heads out of this layer.",
         )
+
+
+def _selector(table: dict[str, Any] | None) -> Selector:
+    select = parts.parse(table or {})
+    assert isinstance(select, Selector), "the entry was checked"
+    return select
+
+
+def _owners(named: Sequence[HeadEntry], kv_heads: int, where: str) -> list[int]:
     try:
-        owner = resolve([*(own.span for own in named), "rest"], kv_heads, "kv head")
+        return resolve([*(own.span for own in named), "rest"], kv_heads, "kv head")
     except UsageError as error:
         raise UsageError(f"{where}, heads: {error}") from None
-    return Policy.by_head(sinks, recent, [pairs[index] for index in owner])
-
-
-def _selecting(entry: LayerPolicy, where: str) -> Policy:
-    ((sinks, recent),) = entry.windows()
-    keys, values = entry.kept.chains()
-    rest = entry.rest.chains() if isinstance(entry.rest, Tier) else None
-    _check_tiers((keys, values), rest or (), where)
-    select = parts.parse(entry.select or {})
-    assert isinstance(select, Selector), "the entry was checked"
-    made: dict[str, Any] = {"sinks": sinks, "recent": recent, "keys": keys, "values": values}
-    return Policy(**made, select=select, rest=rest)
 
 
 def _sharing(entry: LayerPolicy, where: str) -> Policy:
@@ -266,35 +327,23 @@ def _sharing(entry: LayerPolicy, where: str) -> Policy:
     return Policy(sinks=sinks, recent=recent, keys=keys, values=values, share=share)
 
 
-def _check_tiers(kept: Sequence[Chain], rest: Sequence[Chain], where: str) -> None:
-    for codec in (codec for chain in (*kept, *rest) for codec in chain.codecs):
-        if "rope" in codec.needs:
-            raise UsageError(
-                f"{where}: {codec.name()} turns tokens by their positions, and in a layer that "
-                "selects tokens these differ from head to head.",
-                f"Leave {codec.name()} or select out.",
-            )
-    for chain, other in zip(kept, rest, strict=False):
-        fitted, again = ({c.name() for c in own.codecs if c.fits} for own in (chain, other))
-        if chain != other and (twice := fitted & again):
-            raise UsageError(
-                f"{where}: {min(twice)} is fitted in both tiers, and a side has its tensors once.",
-                "Give both tiers the same chain, or leave it out of one.",
-            )
-
-
 def to_entry(policy: Policy, span: str) -> LayerPolicy:
     """Returns the entry of a recipe that asks for a policy, the inverse of `to_policy`."""
     base = (policy.keys, policy.values)
     heads = tuple(
-        HeadEntry(span=write(group.heads), kept=Tier.of(group.keys, group.values))
+        HeadEntry(
+            span=write(group.heads),
+            kept=Tier.of(group.keys, group.values),
+            select=None if group.select is None else group.select.table(),
+        )
         for group in policy.heads
-        if (group.keys, group.values) != base
+        if (group.keys, group.values, group.select) != (*base, policy.select)
     )
     made: dict[str, Any] = {"sinks": policy.sinks, "recent": policy.recent, "kept": Tier.of(*base)}
     if policy.select is not None:
         made["select"] = policy.select.table()
         made["rest"] = Tier.of(*policy.rest) if policy.rest else DROP
+        made["merge"] = None if policy.merge is None else policy.merge.table()
     if policy.share is not None:
         made["share"] = policy.share.table()
     return LayerPolicy(span=span, heads=heads, **made)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Turns keys [B, H, T, D] by their positions [T], and back.
+    """Turns keys [B, H, T, D] by their positions, [T] or one for each [B, H or 1, T], and back.
 
     The angles come from the model's rotary module, so any frequency scaling (Llama-3, YaRN, linear)
     is the model's own. Of a partial rotary width only the first channels turn. Source: RoFormer,
@@ -43,13 +43,15 @@ class Rope:
         return torch.cat([turned.to(x.dtype), tail], -1)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, W / 2] of each pair of the W channels that turn, in float32."""
+        """Cosines and sines [*, T, W / 2] of each pair of the W channels that turn at positions
+        [*, T], in float32."""
         like = torch.empty(1, dtype=torch.float32, device=positions.device)
         extra = () if self.layer_type is None else (self.layer_type,)
         with torch.no_grad():
-            cos, sin = self.module(like, positions[None], *extra)
+            cos, sin = self.module(like, positions.reshape(1, -1), *extra)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].float(), sin[0, :, :half].float()
+        found = (x[0, :, :half].float().unflatten(0, positions.shape) for x in (cos, sin))
+        return next(found), next(found)
 
     def _tables(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.tables(positions.to(x.device))

@@ -40,9 +40,7 @@ class Speed:
         if not policy.heads:
             return self.pair(policy.keys, policy.values)
         count = self.table.kv_heads
-        return sum(
-            self.pair(keys, values, len(heads) / count) for heads, keys, values in policy.heads
-        )
+        return sum(self.pair(own.keys, own.values, len(own.heads) / count) for own in policy.heads)
 
     def dense(self) -> float:
         """The time of bf16 attention in one layer."""

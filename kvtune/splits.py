@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 NEAR = 0.005  # a split may miss its share by half a percentage point, for the sake of small blocks
@@ -47,6 +48,13 @@ def parted(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     order = score.shape[-1] - 1 - score.flip(-1).argsort(dim=-1, descending=True, stable=True)
     return order[..., :kept].sort(-1).values, order[..., kept:].sort(-1).values
+
+
+def others(places: Tensor, total: int) -> Tensor:
+    """All other places [B, H, total - n] of so many than those given [B, H, n], in order."""
+    taken = torch.zeros(*places.shape[:2], total, dtype=torch.int8, device=places.device)
+    taken = taken.scatter(2, places, 1)
+    return taken.argsort(dim=-1, stable=True)[..., : total - places.shape[2]]
 
 
 def gathered(x: Tensor, places: Tensor) -> Tensor:

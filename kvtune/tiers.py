@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from kvtune_kernels import attend
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kvtune.attention import causal
+from kvtune.beside import Beside
 from kvtune.errors import UnsupportedError
-from kvtune.pages import MakeSite, Pages
-from kvtune.policy import Policy
-from kvtune.splits import gathered, parted
-from kvtune.view import View, received
-
-Pair = tuple[Tensor, Tensor]  # keys and values
-Stored = tuple[Pages, Pages]
+from kvtune.held import Held, Pair, Stored
+from kvtune.retention import REMEMBERED
+from kvtune.splits import gathered, others, parted
+from kvtune.view import Observed, View, received
 
 
-class Tiers:
+class Tiers(Held):
     """The tokens of some batch rows in one layer: sinks | kept | rest | recent; outer two exact.
 
-    What leaves the recent window is parted between two tiers, head by head, in whole blocks that
-    are encoded once and never moved (MiKV, arXiv:2402.18096; without a rest tier the losers are
-    gone, as in H2O, arXiv:2306.14048). The prompt, the first forward of an empty cache, is ranked
-    as one; later each block is ranked within itself, by the attention that its tokens have got when
-    it leaves. Keys keep the phases of their true positions, so a tier needs no order.
+    What leaves the recent window competes, head by head: what wins is kept, the others go to the
+    rest tier (MiKV, arXiv:2402.18096), are folded into what won, or are gone (H2O,
+    arXiv:2306.14048). The prompt, the first forward of an empty cache, competes as one.
 
-    A split depends on the queries of the prompt, so that a prompt in two pieces is another one.
-    What follows the prompt does not depend on how it is cut: a chunk is read up to the next token
-    at which a block leaves, and so on, as token by token. After a crop the sums keep what forgotten
-    queries have looked at.
+    By share, a part of each block wins that leaves later; blocks are encoded once and never moved.
+    Under a budget, what is kept competes again with each block, and codes are gathered, not made
+    anew; where codecs see several tokens together, such blocks of tokens stay or go as a whole.
+    Keys keep the phases of their true positions, so a tier needs no order; it has one all the same.
+
+    What is read after a prompt does not depend on how it is cut: a chunk is read up to the next
+    token at which a block leaves, and so on, as token by token. A prompt in two pieces is another
+    prompt. After a crop the sums keep what forgotten queries have looked at.
     """
-
-    ragged = False  # all rows have one length
-
-    def __init__(self, policy: Policy, sites: tuple[MakeSite, MakeSite]) -> None:
-        assert policy.select and policy.split
-        self.policy = policy
-        self.seen = 0  # true tokens, padding not counted
-        self.moved = 0  # tokens that have left the window, dropped ones included
-        self._select, self._split = policy.select, policy.split
-        # no codec of a tier reads positions (`to_policy` refuses these), so pages may count on
-        chains = [(policy.keys, policy.values), *([policy.rest] if policy.rest else [])]
-        self.tiers: list[Stored] = [
-            (Pages(keys, sites[0], policy.sinks), Pages(values, sites[1], policy.sinks))
-            for keys, values in chains
-        ]
-        self._sinks: Pair | None = None
-        self._recent: Pair | None = None
-        self._sums: Tensor | None = None  # [B, H, recent] of a selector that needs attention
 
     def attend(
         self,
@@ -61,12 +45,13 @@ class Tiers:
     ) -> Tensor:
         """Adds keys and values [B, H, n, D] and answers their queries [B, Hq, n, D]."""
         count = keys.shape[2]
+        self._spot = self._spot._replace(scale=scale, softcap=softcap)
         if self.seen == 0:
+            self._check_prepared()
             mask = causal(count, count, keys.device) if count > 1 else None
             out = attend(query, keys, values, mask, scale, softcap)
-            self.fill(
-                keys, values, received(query, keys, scale, softcap) if self._sums_up else None
-            )
+            stay = count - self.ahead
+            self.fill(keys[:, :, :stay], values[:, :, :stay], self._seen_of(query, keys))
             return out
         found, start = [], 0
         while start < count:
@@ -76,92 +61,65 @@ class Tiers:
             start = end
         return torch.cat(found, 2) if len(found) > 1 else found[0]
 
-    def fill(self, keys: Tensor, values: Tensor, attention: Tensor | None) -> None:
+    def fill(self, keys: Tensor, values: Tensor, observed: Observed) -> None:
         """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would leave
-        it, with the attention [B, H, T] that its tokens got where the selector needs it."""
-        assert not self._sums_up or attention is not None, "the selector needs attention"
+        it, with what its selector needs to know of it."""
         self.seen, sinks = keys.shape[2], self.policy.sinks
+        self._spot = self._spot._replace(scale=observed.scale, softcap=observed.softcap)
         if sinks:
             self._sinks = keys[:, :, :sinks].clone(), values[:, :, :sinks].clone()
         self._recent = keys[:, :, sinks:], values[:, :, sinks:]
-        if attention is not None:
-            self._sums = attention[:, :, sinks:]
-        self._settle()
+        got, kinds = observed.attention, observed.kinds
+        self._beside = Beside(
+            sums=None if got is None else got[:, :, sinks:],
+            marks=None if kinds is None else kinds[:, None, sinks:].expand(-1, keys.shape[1], -1),
+            queries=observed.queries,
+        )
+        if not self.waits:
+            self._settle_prompt(observed.ahead)
         self._own()  # the prompt's tensors may be views of more
 
-    def read(self, dtype: torch.dtype) -> Pair:
-        """Keys and values [B, H, n, D] as the next query reads them; what was dropped is gone."""
-        sides = []
-        for side in (0, 1):
-            exact = [pair[side] if pair else None for pair in (self._sinks, self._recent)]
-            decoded = [tier[side].read(dtype) for tier in self.tiers]
-            found = [x for x in (exact[0], *decoded, exact[1]) if x is not None]
-            sides.append(torch.cat(found, 2) if len(found) > 1 else found[0])
-        return sides[0], sides[1]
+    def decide(self, attention: Tensor | None) -> None:
+        """Lets a prompt that has waited compete, where a selector needs a replay by what its tokens
+        [B, H, T] got of it."""
+        assert self.waits and self.moved == 0, "a prompt waits"
+        self.waits = False
+        if self._needs("replay"):
+            assert attention is not None, "a replay was asked for"
+            self._beside = replace(self._beside, sums=attention[:, :, self.policy.sinks :])
+        self._settle_prompt(None)
+        self._own()
 
-    @property
-    def exact(self) -> int:
-        """How many of the last tokens are still exact: the window, and all while none has moved."""
-        return self._last if self.moved else self.seen
-
-    def crop(self, count: int) -> None:
-        """Forgets the last `count` tokens; UnsupportedError when they are no longer exact."""
-        if count > self.exact:
+    def _check_prepared(self) -> None:
+        """Refuses a prompt that comes without what its selector needs of the model."""
+        if (self._needs("replay") and not self.waits) or (self._needs("ahead") and not self.ahead):
+            what = "a replay of the prompt" if self._needs("replay") else "what a draft model says"
             raise UnsupportedError(
-                f"Cannot crop {count} tokens: only the last {self.exact} are still exact.",
-                "Use a recipe with more `recent`.",
+                f"The selector {self._select.name()} needs {what}, which a plain forward does not "
+                "give.",
+                "Read the prompt with kvtune.prefill(model, cache, tokens, tokenizer=tokenizer), "
+                "and generate behind it.",
             )
-        assert self._recent is not None
-        self.seen -= count
-        last = max(0, self._last - count)
-        self._recent = self._recent[0][:, :, :last].clone(), self._recent[1][:, :, :last].clone()
-        if self._sums is not None:
-            self._sums = self._sums[:, :, :last].clone()
-        if self._sinks is not None:
-            first = min(self.policy.sinks, self.seen)
-            self._sinks = self._sinks[0][:, :, :first].clone(), self._sinks[1][:, :, :first].clone()
-
-    def select(self, rows: Tensor) -> Tiers:
-        """Other batch rows of the same tokens: beams, samples."""
-        twin = self.fork()
-        twin.tiers = [(keys.select(rows), values.select(rows)) for keys, values in self.tiers]
-        twin._sinks, twin._recent = _rows(self._sinks, rows), _rows(self._recent, rows)
-        twin._sums = None if self._sums is None else self._sums.index_select(0, rows)
-        return twin
-
-    def fork(self) -> Tiers:
-        """A copy-on-write twin: what happens to it leaves this one as it is."""
-        twin = Tiers.__new__(Tiers)
-        twin.__dict__.update(self.__dict__)  # tensors are replaced, never written into
-        twin.tiers = [(keys.fork(), values.fork()) for keys, values in self.tiers]
-        return twin
-
-    @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes held for keys, and for values: metadata, sinks and window included; the sums of
-        attention count as keys'."""
-        pairs = [pair for pair in (self._sinks, self._recent) if pair]
-        keys, values = (
-            sum(x[side].untyped_storage().nbytes() for x in pairs)
-            + sum(tier[side].nbytes for tier in self.tiers)
-            for side in (0, 1)
-        )
-        sums = 0 if self._sums is None else self._sums.untyped_storage().nbytes()
-        return keys + sums, values
-
-    @property
-    def _sums_up(self) -> bool:
-        return "attention" in self._select.needs
-
-    @property
-    def _last(self) -> int:
-        return 0 if self._recent is None else self._recent[0].shape[2]
 
     @property
     def _until_due(self) -> int:
         """Tokens that may still come before a block leaves the window; at least one."""
-        window = self.policy.sinks + self.policy.recent + self._split.block
-        return window + self.moved - self.seen
+        missing = max(0, self.policy.sinks - self.seen)
+        due = missing + self.policy.recent + self.policy.block - self._last
+        return max(1, due)
+
+    def _seen_of(self, query: Tensor, keys: Tensor) -> Observed:
+        """What a prompt's queries [B, Hq, n, D] tell, those that look ahead included."""
+        scale, softcap = self._spot.scale, self._spot.softcap
+        stay, found = query.shape[2] - self.ahead, Observed(scale=scale, softcap=softcap)
+        if self._needs("attention"):
+            got = received(query[:, :, :stay], keys[:, :, :stay], scale, softcap)
+            found = found._replace(attention=got)
+        if self._needs("queries"):
+            most = min(stay, self._select.observed) + self.ahead
+            found = found._replace(queries=query[:, :, query.shape[2] - most :])
+        ahead = keys[:, :, stay:] if self.ahead else None
+        return found._replace(kinds=self.kinds, ahead=ahead)
 
     def _read_on(
         self,
@@ -177,52 +135,193 @@ class Tiers:
         every = self.read(query.dtype)
         mask = causal(count, every[0].shape[2], keys.device) if count > 1 else None
         out = attend(query, *every, mask, scale, softcap)
-        if self._sums is not None and self._last:
-            got = received(query, every[0], scale, softcap)[:, :, -self._last :]
-            self._sums = pad(self._sums, (0, self._last - self._sums.shape[2])) + got
-        if self._settle():
+        beside = self._beside.asked(query, self._remembers).marked(self._known)
+        if beside.sums is not None:
+            beside = beside.looked_at(self._of_known(received(query, every[0], scale, softcap)))
+        self._beside = beside
+        if self._settle(self.policy.block):
             self._own()
         return out
 
-    def _extend(self, keys: Tensor, values: Tensor) -> None:
-        self.seen += keys.shape[2]
-        missing = self.policy.sinks - (self._sinks[0].shape[2] if self._sinks else 0)
-        if missing > 0:
-            first = keys[:, :, :missing], values[:, :, :missing]
-            self._sinks = _join(self._sinks, first)
-            keys, values = keys[:, :, missing:], values[:, :, missing:]
-        self._recent = _join(self._recent, (keys, values))
+    @property
+    def _known(self) -> int:
+        """Tokens that compete: those of the window, and under a budget those that are kept."""
+        return self._last + (self._kept if self.policy.renews else 0)
 
-    def _settle(self) -> bool:
-        """Parts what has left the recent window; returns whether anything has."""
-        assert self._recent is not None
-        due = self.policy.due(self.seen) - self.moved
-        if due <= 0:  # less than nothing after a crop
+    @property
+    def _remembers(self) -> int:
+        return min(self._select.observed, REMEMBERED)
+
+    def _of_known(self, got: Tensor) -> Tensor:
+        """Of what all stored tokens [B, H, n] got, the part of those that compete."""
+        window = got[:, :, got.shape[2] - self._last :]
+        if not self.policy.renews:
+            return window
+        first = self._sinks[0].shape[2] if self._sinks else 0
+        return torch.cat([got[:, :, first : first + self._kept], window], 2)
+
+    def _settle_prompt(self, ahead: Tensor | None) -> None:
+        self._settle(self.policy.unit, ahead)
+        if self._beside.queries is not None:
+            end = self._beside.queries.shape[2] - (0 if ahead is None else ahead.shape[2])
+            self._beside = self._beside.of_prompt(end, self._remembers)
+
+    def _settle(self, step: int, ahead: Tensor | None = None) -> bool:
+        """Lets what has left the recent window compete; returns whether anything has."""
+        due = (self._last - self.policy.recent) // step * step
+        if due <= 0 or (self.moved == 0 and due < self.policy.least):
             return False
-        leaving = self._recent[0][:, :, :due], self._recent[1][:, :, :due]
-        sums = None if self._sums is None else self._sums[:, :, :due]
-        score = self._select.score(View(*leaving, sums))
-        parts = parted(score, due // self._split.block * self._split.kept)
-        for tier, places in zip(self.tiers, parts, strict=False):  # without a rest they are dropped
-            for pages, x in zip(tier, leaving, strict=True):
-                pages.append(gathered(x, places))
+        room = self.policy.room(due, self._kept)
+        if self.policy.renews and self._kept:
+            self._renew(due, room)
+        else:
+            self._part(due, room, ahead)
+        assert self._recent is not None
         self.moved += due
         self._recent = self._recent[0][:, :, due:], self._recent[1][:, :, due:]
-        self._sums = None if self._sums is None else self._sums[:, :, due:]
         return True
 
-    def _own(self) -> None:
-        """Clones the exact tokens, so that they own just their bytes."""
+    def _part(self, due: int, room: int, ahead: Tensor | None) -> None:
+        """Parts tokens that have left the window and are still exact: `room` of them win."""
         assert self._recent is not None
-        self._recent = self._recent[0].clone(), self._recent[1].clone()
-        self._sums = None if self._sums is None else self._sums.clone()
+        view = self._view(due, None, ahead)
+        places = self._chosen(view, room)
+        lost = others(places, due)
+        won = gathered(view.keys, places), gathered(view.values, places)
+        if self.policy.merge is not None and lost.shape[2]:
+            won = self._merged(view, places, lost)
+        self._store(0, won, view, places)
+        if self.policy.rest is not None:
+            gone = gathered(view.keys, lost), gathered(view.values, lost)
+            self._store(1, gone, view, lost)
+        self._remember(view, places)
+
+    def _renew(self, due: int, room: int) -> None:
+        """Lets what is kept compete with tokens that have left the window."""
+        view = self._view(due, self.tiers[0])
+        total = view.keys.shape[2]
+        if total <= room:  # there is room for all of them
+            places = torch.arange(total, device=view.keys.device)
+            places = places.expand(*view.keys.shape[:2], total)
+        else:
+            places = self._chosen(view, room)
+        lost, kept = others(places, total), self._kept
+        fresh = view._replace(keys=view.keys[:, :, kept:], positions=self._leaving(due))
+        every = torch.arange(due, device=places.device).expand(*view.keys.shape[:2], due)
+        own = self._positions_of(fresh, every)
+        if self.policy.merge is not None and lost.shape[2]:
+            # nothing that is kept here was encoded: see `selection`
+            merged = self._merged(view, places, lost)
+            self.tiers[0] = self.tiers[0][0].empty(), self.tiers[0][1].empty()
+            self._store(0, merged, view, places)
+        else:
+            for pages, x in zip(self.tiers[0], (view.keys, view.values), strict=True):
+                pages.append(x[:, :, kept:], own)
+                block = pages.chain.block
+                if lost.shape[2]:
+                    pages.keep(places[:, :, ::block] // block)
+        if self.policy.rest is not None and lost.shape[2]:
+            gone = gathered(view.keys, lost), gathered(view.values, lost)
+            self._store(1, gone, view, lost)
+        self._remember(view, places)
+
+    def _chosen(self, view: View, room: int) -> Tensor:
+        """Places [B, H, n] of the tokens that win; of what is encoded in blocks, whole blocks."""
+        if view.keys.is_meta:  # only shapes are asked for
+            shape = (*view.keys.shape[:2], min(room, view.keys.shape[2]))
+            return torch.zeros(shape, dtype=torch.long, device="meta")
+        unit = self.policy.unit if self.policy.renews and self._kept else 1
+        if unit > 1:
+            score = self._select.score(view)
+            if self._select.alike:
+                score = score.mean(1, keepdim=True).expand_as(score)
+            blocks = parted(score.unflatten(2, (-1, unit)).mean(-1), room // unit)[0]
+            inside = torch.arange(unit, device=score.device)
+            return (blocks[..., None] * unit + inside).flatten(2)
+        choice = self._select.choose(view, min(room, view.keys.shape[2]))
+        self._memory = choice.memory
+        return choice.places
+
+    def _view(self, due: int, held: Stored | None, ahead: Tensor | None = None) -> View:
+        """What competes: what is held, if given, and the first `due` tokens of the window."""
+        assert self._recent is not None
+        keys, values = self._recent[0][:, :, :due], self._recent[1][:, :, :due]
+        last = self._recent[0][:, :, due:]
+        positions: Tensor | None = self._leaving(due)
+        beside = self._beside
+        if held is not None:
+            decoded = [pages.read(keys.dtype) for pages in held]
+            assert decoded[0] is not None and decoded[1] is not None
+            keys, values = torch.cat([decoded[0], keys], 2), torch.cat([decoded[1], values], 2)
+            fresh = self._leaving(due).expand(*keys.shape[:2], due)
+            known = beside.places
+            positions = None if known is None else torch.cat([known.long(), fresh], 2)
+        if ahead is not None:
+            last = torch.cat([last, ahead], 2)
+        queries = beside.queries
+        if queries is not None and self.moved:  # of an old one the keys may be gone
+            queries = queries[:, :, -max(1, last.shape[2]) :]
+        return View(
+            keys,
+            values,
+            None if beside.sums is None else beside.sums[:, :, : keys.shape[2]],
+            queries,
+            self._sinks[0] if self._sinks else None,
+            last,
+            positions,
+            self.seen + (0 if ahead is None else ahead.shape[2]),
+            None if beside.marks is None else beside.marks[:, :, : keys.shape[2]],
+            self._spot,
+            self._memory,
+            0 if ahead is None else ahead.shape[2],
+        )
+
+    def _merged(self, view: View, won: Tensor, lost: Tensor) -> Pair:
+        assert self.policy.merge is not None
+        sides = (picked_view(view, places, self._folded) for places in (won, lost))
+        keys, values, self._folded = self.policy.merge.merge(*sides)
+        return keys, values
+
+    def _store(self, tier: int, pair: Pair, view: View, places: Tensor) -> None:
+        positions = self._positions_of(view, places)
+        for pages, x in zip(self.tiers[tier], pair, strict=True):
+            pages.append(x, positions)
+
+    def _positions_of(self, view: View, places: Tensor) -> Tensor | None:
+        """True positions [B, H or 1, n] of some tokens, where a codec reads them."""
+        if not self._needs("rope"):
+            return None
+        assert view.positions is not None
+        own = view.positions.expand(*view.keys.shape[:2], -1).gather(2, places)
+        return own[:, :1] if self._select.alike else own
+
+    def _leaving(self, due: int) -> Tensor:
+        """The true positions of the first `due` tokens of the window."""
+        assert self._recent is not None
+        start = self.policy.sinks + self.moved
+        return torch.arange(start, start + due, device=self._recent[0].device)
+
+    def _remember(self, view: View, places: Tensor) -> None:
+        """What is known of the tokens that stay, and of the window behind them."""
+        again = places if self.policy.renews else None
+        beside = self._beside.left(again, view.keys.shape[2])
+        if self.policy.renews and (self._needs("positions") or self._needs("rope")):
+            assert view.positions is not None
+            every = view.positions.expand(*view.keys.shape[:2], -1)
+            beside = replace(beside, places=every.gather(2, places).int())
+        self._beside = beside
 
 
-def _join(held: Pair | None, more: Pair) -> Pair:
-    if held is None:
-        return more[0].clone(), more[1].clone()
-    return torch.cat([held[0], more[0]], 2), torch.cat([held[1], more[1]], 2)
-
-
-def _rows(pair: Pair | None, rows: Tensor) -> Pair | None:
-    return None if pair is None else (pair[0].index_select(0, rows), pair[1].index_select(0, rows))
+def picked_view(view: View, places: Tensor, memory: Any) -> View:
+    """The tokens of a view at places [B, H, n], with a merger's memory."""
+    known = view.positions
+    if known is not None:
+        known = known.expand(*view.keys.shape[:2], -1).gather(2, places)
+    return view._replace(
+        keys=gathered(view.keys, places),
+        values=gathered(view.values, places),
+        attention=None if view.attention is None else view.attention.gather(2, places),
+        positions=known,
+        kinds=None,
+        memory=memory,
+    )

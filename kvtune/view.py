@@ -25,6 +25,17 @@ class Spot(NamedTuple):
     scale: float | None = None  # of logits
     softcap: float | None = None
 
+    def of_heads(self, heads: tuple[int, ...], kv_heads: int) -> Spot:
+        """The same for some of the kv heads of a layer; axis 0 of tensors is the query heads."""
+
+        def own(x: Tensor) -> Tensor:
+            apart: Tensor = x.unflatten(0, (kv_heads, -1))
+            return apart[list(heads)].flatten(0, 1)
+
+        tensors = {name: own(x) for name, x in self.tensors.items()}
+        output = None if self.output is None else own(self.output)
+        return self._replace(tensors=tensors, output=output)
+
 
 class View(NamedTuple):
     """Some tokens of a layer in the order of their positions, head by head, which compete.
@@ -40,9 +51,21 @@ class View(NamedTuple):
     last: Tensor | None = None  # keys [B, H, R, D] of the window, and of tokens that are looked at
     positions: Tensor | None = None  # [T] or [B, H, T]: the true index of each
     seen: int = 0  # tokens so far
-    kinds: Tensor | None = None  # bool [B, 1, T]: true of tokens that go before all others
+    kinds: Tensor | None = None  # bool [B, H, T]: true of tokens that go before all others
     spot: Spot = Spot()
     memory: Any = None  # what the part returned of an earlier choice
+    ahead: int = 0  # of the last tokens: they are only looked at, and stand in `queries` and `last`
+
+
+class Observed(NamedTuple):
+    """What is known of a prompt beside its keys and values, each where a selector needs it."""
+
+    attention: Tensor | None = None  # [B, H, T]
+    queries: Tensor | None = None  # [B, Hq, n, D], of the last n tokens and what is looked at
+    kinds: Tensor | None = None  # bool [B, T]
+    ahead: Tensor | None = None  # keys [B, H, a, D] of tokens that are only looked at
+    scale: float | None = None
+    softcap: float | None = None
 
 
 def received(

@@ -60,7 +60,7 @@ def test_what_selects_nothing_or_takes_no_such_share_is_refused(
     assert "selects no tokens, or stores no rest" in kv(*words, "--recipe", "k4v2").told
     file = tmp_path / "own.toml"
     file.write_text(RECIPE)
-    said = kv(*words, "--recipe", file, "--shares", "133%")
+    said = kv(*words, "--recipe", file, "--shares", "0%")
     assert said.code == 2
     assert "is not above 0 and up to 1" in said.told
 

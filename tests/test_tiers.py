@@ -15,7 +15,7 @@ from kvtune.parts import find
 from kvtune.policy import Policy
 from kvtune.rows import Rows
 from kvtune.tiers import Tiers
-from kvtune.view import received
+from kvtune.view import Observed, received
 
 HEADS, SHARE, DIM = 2, 2, 16  # kv heads, query heads of each
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
@@ -64,7 +64,7 @@ def run(tiers: Any, given: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
 def stored(tiers: Tiers) -> list[Tensor]:
     """All tensors that are held."""
     found = [x for pair in (tiers._sinks, tiers._recent) if pair for x in pair]
-    found += [] if tiers._sums is None else [tiers._sums]
+    found += [x for x in vars(tiers._beside).values() if x is not None]
     for pages in (pages for tier in tiers.tiers for pages in tier):
         if pages._body is not None:
             held = [pages._body, *(grown for side in pages._sides for grown in side)]
@@ -161,7 +161,7 @@ def test_a_share_of_all_is_bit_identical_to_no_selector(kept: Any, rest: Any) ->
 def test_tiers_hold_no_more_than_they_store(name: str, count: int) -> None:
     policy, (query, keys, values) = policy_of(name), turn(1, count)
     tiers = empty(policy)
-    tiers.fill(keys, values, received(query, keys))
+    tiers.fill(keys, values, Observed(received(query, keys)))
     assert sum(tiers.nbytes) == sum(x.nbytes for x in stored(tiers))
     assert policy.split
     blocks = policy.due(count) // policy.block
@@ -173,7 +173,7 @@ def test_tiers_hold_no_more_than_they_store(name: str, count: int) -> None:
 def test_dropped_tokens_take_no_bytes() -> None:
     query, keys, values = turn(1, 128)
     tiers = empty(policy_of("dropped-bare"))
-    tiers.fill(keys, values, received(query, keys))
+    tiers.fill(keys, values, Observed(received(query, keys)))
     assert sum(tiers.nbytes) == keys[:, :, :32].nbytes * 2
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvtune import recipe as recipes
-from kvtune.bank import build
+from kvtune.bank import build, wanted
 from kvtune.cache import load, weigh
 from kvtune.errors import UsageError
 from kvtune.measure import Bench
@@ -67,8 +67,7 @@ def test_a_padded_row_is_the_row_alone(llama: Any, body: str, play: Any, draw: A
 @pytest.mark.parametrize("name", NAMES)
 def test_bank_measurement_equals_generation(model: Any, body: str, draw: Any) -> None:
     policies = made(body).policies(facts(model.config))
-    needs = frozenset[str]().union(*(policy.needs for policy in policies))
-    bench = Bench(model, build(model, draw(2, CONTEXT + MORE + 1), CONTEXT, needs=needs))
+    bench = Bench(model, build(model, draw(2, CONTEXT + MORE + 1), CONTEXT, **wanted(policies)))
     measured = bench.measure(policies)
     generated = by_generation(model, load(made(body), model), bench.bank, MORE)
     went_on = by_generation(model, bench.cache(policies), bench.bank, MORE)
@@ -81,8 +80,7 @@ def test_bank_measurement_equals_generation(model: Any, body: str, draw: Any) ->
 
 
 def test_a_price_is_higher_for_what_is_dropped_than_for_what_is_kept(llama: Any, draw: Any) -> None:
-    needs = frozenset({"attention"})
-    bank = build(llama, draw(2, CONTEXT + MORE + 1), CONTEXT, needs=needs)
+    bank = build(llama, draw(2, CONTEXT + MORE + 1), CONTEXT, needs=frozenset({"attention"}))
     bench, pull = Bench(llama, bank), pulls(llama, bank, 0)[0]
     dropped, lossless = (
         float(price(bench, 0, made(body).policies(facts(llama.config))[0], pull)[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune import parts
-from kvtune.bank import Sizes, build, text_tokens
+from kvtune.bank import Sizes, build, text_tokens, wanted
 from kvtune.cache import weigh
 from kvtune.calibrate import Say, quiet
 from kvtune.errors import UsageError
@@ -68,8 +68,7 @@ def rows(
     for share in shares:
         cases += _cases(policies, known, share, sizes.context, told)
     tokens = text_tokens(documents, tokenizer, sizes, "search")
-    needs = frozenset[str]().union(*(policy.needs for policy in policies))
-    bank = build(model, tokens, sizes.context, needs=needs)
+    bank = build(model, tokens, sizes.context, **wanted(policies))
     bench = Bench(model, bank, ropes(model), Fitter(profile).layer if profile else None)
     found = []
     for done, (share, rest, policies) in enumerate(cases):

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvtune import parts
 from kvtune.parts import Borrower, Code, Codec, Part, Projection, Sharer, Site
 from kvtune.retention import Allocator, Merger, Selector
+from kvtune.shortening import Shortener
 
 every_method = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_part = pytest.mark.parametrize("part", ALL, ids=str)
@@ -31,7 +32,7 @@ def error(codec: Codec, site: Site, x: Tensor) -> float:
 
 @every_method
 def test_a_method_is_of_a_kind_that_has_laws_here(kind: type[Part]) -> None:
-    known = Codec | Selector | Merger | Allocator | Sharer | Borrower
+    known = Codec | Selector | Merger | Allocator | Sharer | Borrower | Shortener
     assert issubclass(kind, known), f"write the laws of a {kind.kind} into this folder"
 
 
@@ -48,8 +49,8 @@ def test_defaults_are_valid_somewhere(kind: type[Part]) -> None:
 
 @every_method
 def test_a_method_needs_only_what_there_is(kind: type[Part]) -> None:
-    there = {"rope", "positions"} if issubclass(kind, Merger) else {"rope", "queries", "attention"}
-    assert kind.needs <= there
+    known = {"attention", "queries", "positions", "output", "rope", "replay", "ahead", "kinds"}
+    assert kind.needs <= known
 
 
 @every_method
