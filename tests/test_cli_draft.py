@@ -49,7 +49,7 @@ def test_it_is_proved_and_asked(name: str, place: Path, kv: cli_tiny.Caller) -> 
     sizes = (*cli_tiny.SMALL[:4], "--continuation", "4", "--bytes-at", "1k")
     suite = ("--suite", "passkey", "--suite-items", "2", "--suite-length", "400")
     data = kv.json(*words(place, name), *sizes, "--data", place / "text.txt", *suite)["data"]
-    assert data["kl"] > 0
+    assert data["proof"]["kl"] > 0
     assert data["suite"]["tasks"]["passkey"]
 
 
