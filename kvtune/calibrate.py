@@ -18,6 +18,7 @@ from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import facts, fingerprint, label, ropes
 from kvtune.moments import Moments, attention_mass, pulled
+from kvtune.occupancy import occupancy
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy, Recipe
 from kvtune.retrieval import LENGTH, ROW, retrieval_scores
@@ -59,7 +60,8 @@ def calibrate(
     known_ropes = find_ropes(model)
     moments = Moments(known_ropes)
     say("dense pass", 0, 1)
-    bank = build(model, tokens, sizes.context, observe=moments.observe)
+    needs = frozenset({"attention"})
+    bank = build(model, tokens, sizes.context, observe=moments.observe, needs=needs)
     say("dense pass", 1, 1)
     found = prices.pulls(model, bank, seed)
     known = bank.facts
@@ -70,6 +72,7 @@ def calibrate(
             {i: known.layers[i].kv_heads for i in found},
         ),
         **attention_mass(bank),
+        **occupancy(bank, found),
     }
     layers = list(known.compressible())
     fitter = Fitter(Profile((), _kept(tensors), {"layers": layers}))

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
 from kvtune.fused import FusedRows, serves
+from kvtune.in_cache import InCache
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
@@ -308,7 +309,8 @@ class CompressedLayer(CacheLayerMixin):
             return Rows(self.policy, self._sites)
         layer = self._sites[0](torch.arange(0), torch.float32).layer
         spot = self._shared.spot(layer)
-        tiers = Tiers(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
+        kind = InCache if self.policy.select.in_cache else Tiers
+        tiers = kind(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
         tiers.ahead, tiers.waits = self._shared.ahead, self._shared.waits
         if self._shared.kinds is not None:
             tiers.kinds = self._shared.kinds[members][:, pad:]

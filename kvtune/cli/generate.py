@@ -51,7 +51,7 @@ def generate(
 
     model, tokenizer = opened
     recipe = recipes.load(path)
-    inputs = _inputs(tokenizer, prompt, model)
+    inputs = _inputs(tokenizer, prompt, model, _most(recipe, model, prompt))
     cache = load(path, model, force)
     if force:
         forced(out, recipe, model)
@@ -76,7 +76,20 @@ def generate(
     )
 
 
-def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
+def _most(recipe: Recipe, model: Any, prompt: Prompt) -> int:
+    """How many tokens the prompt may have: with the new ones as many as the model has positions,
+    unless the cache has positions of its own."""
+    from kvtune.in_cache import endless
+    from kvtune.models import facts
+
+    known = facts(model.config)
+    policies = recipe.policies(known)
+    if endless([policies[index] for index in known.compressible()]):
+        return known.max_positions
+    return known.max_positions - prompt.max_new_tokens
+
+
+def _inputs(tokenizer: Any, prompt: Prompt, model: Any, most: int) -> dict[str, Any]:
     from kvtune.models import facts
     from kvtune.placement import input_device
 
@@ -87,13 +100,13 @@ def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
         asked = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not prompt.chat)
-    count, most = inputs["input_ids"].shape[1], facts(model.config).max_positions
+    count = inputs["input_ids"].shape[1]
     if not count:
         raise UsageError("The prompt is empty.", 'Give --prompt "TEXT".')
-    if count + prompt.max_new_tokens > most:
+    if count > most:
         what = f"{count:,} tokens of prompt and {prompt.max_new_tokens:,} new ones exceed the "
-        hint = "Give a shorter --prompt or a smaller --max-new-tokens."
-        raise UsageError(f"{what}model's {most:,} positions.", hint)
+        hint = "Give a shorter --prompt or a smaller --max-new-tokens, or apply lacache."
+        raise UsageError(f"{what}model's {facts(model.config).max_positions:,} positions.", hint)
     names = ("input_ids", "attention_mask")
     return {name: inputs[name].to(input_device(model)) for name in names if name in inputs}
 
