@@ -26,7 +26,7 @@ FLOORS = (
     "chains intervals leases levels models planes shortening",
     "pooling reading retention table turning turns routing",
     "bench.kernels",
-    "entries pages selection bench.latents",
+    "entries pages selection bench.latents bench.ragged",
     "policy",
     "spots",
     "allotted sharing",
@@ -71,7 +71,7 @@ FLOORS = (
     "cli.tune",
     "cli.bench_codecs cli.bench_search cli.bench_tiers",
     "cli.bench_basis cli.bench_cskv cli.bench_latents cli.bench_lowrank cli.bench_pack",
-    "cli.bench_endless cli.bench_sharing",
+    "cli.bench_endless cli.bench_sharing cli.bench_tokens cli.bench_ragged",
     "cli",
     "__main__",
 )
