@@ -36,6 +36,10 @@ def drafted(draft: Any, tokens: Tensor, count: int) -> Tensor:
 
     What ends a text ends it for one row; of several rows all go on, so that none is padded.
     """
+    limit = facts(draft.config).max_positions
+    if tokens.shape[1] + count > limit:
+        what = f"{tokens.shape[1]:,} tokens of prompt and {count:,} that are drafted exceed the "
+        raise UsageError(f"{what}draft's {limit:,} positions.", "Give a shorter prompt.")
     end = draft.generation_config.eos_token_id
     ends = [x for x in (end if isinstance(end, list) else [end]) if x is not None]
     config = GenerationConfig(

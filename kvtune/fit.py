@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtune.allotted import allotted
 from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
 from kvtune.fitted import SELECT
@@ -131,6 +132,10 @@ class Fitter:
         flat = mean.flatten()
         return self.row(layer, name) - flat[:, None] * flat
 
+    def rows(self, name: str, layers: Sequence[int]) -> Tensor:
+        """As `row`, of some layers in their order."""
+        return torch.stack([self.row(layer, name) for layer in layers])
+
     @property
     def names(self) -> tuple[str, ...]:
         """What the profile holds of each layer."""
@@ -215,7 +220,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
-    """Returns a recipe bound to the profile's model, and the tensors that its codecs read.
+    """Returns a recipe bound to the profile's model, with every shared budget written out, and the
+    tensors that its parts read.
 
     Raises:
         IntegrityError: the profile lacks what a fit needs, or the recipe is of another model.
@@ -238,8 +244,10 @@ def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
     )
-    policies = recipe.policies(known)
-    return recipe.model_copy(update={"model": bound}), fitted(policies, Fitter(profile))
+    fitter = Fitter(profile)
+    entries = allotted(recipe.layers, known, fitter.rows)
+    recipe = recipe.model_copy(update={"model": bound, "layers": entries})
+    return recipe, fitted(recipe.policies(known), fitter)
 
 
 def known_by(profile: Profile) -> Facts:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvtune.held import Pair
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rope import Rope
-from kvtune.tiers import Pair, Tiers
+from kvtune.tiers import Tiers
 from kvtune.view import Observed, Spot
 
 

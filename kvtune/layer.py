@@ -166,11 +166,17 @@ class CompressedLayer(CacheLayerMixin):
             else:
                 rows.fill(keys, values)
 
-    def settle_prompt(self, scores: Tensor) -> None:
-        """Lets a prompt that has waited compete, by scores [B, H, T], padding included."""
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of an unpadded context, as they are read next: all exact
+        while it waits."""
+        return self.groups[0].rows.read(self.dtype)
+
+    def settle_prompt(self, scores: Tensor | None) -> None:
+        """Lets a prompt that has waited compete: by scores [B, H, T] of a replay, padding included,
+        where a selector needs one."""
         for members, pads, rows in self.groups:
             assert isinstance(rows, Tiers), "only layers that select tokens wait"
-            rows.decide(scores[members][:, :, pads[0] :])
+            rows.decide(None if scores is None else scores[members][:, :, pads[0] :])
 
     def begin(self, keys: Tensor) -> None:
         """Notes the dtype, device and length of a context [B, H, T, D] that is about to be held."""

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from kvtune_kernels import attend, implementation
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
 from kvtune.attention import causal
 from kvtune.bank import Bank
 from kvtune.errors import UsageError
+from kvtune.pooling import pooled
 from kvtune.prices import Pull, cost
 from kvtune.splits import gathered, parted
 from kvtune.view import received
@@ -93,9 +94,7 @@ def crowd_of(bank: Bank, layer: int, pull: Pull) -> Crowd:
     sinks, window = min(SINKS, context // 4), max(1, min(queries.shape[2], context // 4))
     got = received(queries[:, :, -window:], keys, pull.scale, pull.softcap)
     looks = window * queries.shape[1] // keys.shape[1]
-    score = avg_pool1d(
-        got[:, :, sinks : context - window] / looks, POOL, 1, POOL // 2, count_include_pad=False
-    )
+    score = pooled(got[:, :, sinks : context - window] / looks, POOL, "mean")
     return Crowd(keys, values, score, sinks)
 
 

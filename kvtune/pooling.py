@@ -26,7 +26,7 @@ def watched(view: View, window: int, kernel: int, pool: str, reduce: str) -> Ten
     """Attention [B, H, T] that the last `window` queries give on average, pooled, and then the mean
     or the largest over the query heads of a kv head (SnapKV, arXiv:2404.14469)."""
     each = pooled(looked(view, window).mean(2), kernel, pool)
-    grouped = each.unflatten(1, (view.keys.shape[1], -1))
+    grouped: Tensor = each.unflatten(1, (view.keys.shape[1], -1))
     return grouped.amax(2) if reduce == "max" else grouped.mean(2)
 
 
@@ -40,7 +40,8 @@ def weight(view: View) -> Tensor:
     wide = torch.promote_types(view.values.dtype, torch.float32)
     output = view.spot.output
     if output is None:
-        return torch.linalg.vector_norm(view.values, dim=-1, dtype=wide)
+        norm: Tensor = torch.linalg.vector_norm(view.values, dim=-1, dtype=wide)
+        return norm
     batch, heads, length = view.values.shape[:3]
     found = torch.zeros(batch, heads, length, dtype=wide, device=view.values.device)
     share = output.shape[0] // heads

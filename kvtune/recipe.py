@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from kvtune import parts
+from kvtune.allotted import allotted
 from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
@@ -139,8 +140,8 @@ class Recipe(Record):
         """Returns one policy per layer; layers that are not compressible get an empty one.
 
         Raises:
-            UsageError: a template, layers not covered exactly once, or settings that do not fit the
-            model.
+            UsageError: a template, layers not covered exactly once, settings that do not fit the
+            model, or budgets that a fit is to share out.
         """
         if self.is_open():
             raise UsageError(
@@ -149,11 +150,12 @@ class Recipe(Record):
             )
         if not self.layers:
             return (Policy(),) * len(known.layers)
-        owner = resolve([policy.span for policy in self.layers], len(known.layers))
+        entries = allotted(self.layers, known)
+        owner = resolve([policy.span for policy in entries], len(known.layers))
         made = [Policy()] * len(known.layers)
         for i in known.compressible():
             shape = known.layers[i].kv_heads, known.layers[i].head_dim
-            made[i] = to_policy(self.layers[owner[i]], shape[0], f"layer {i}")
+            made[i] = to_policy(entries[owner[i]], shape[0], f"layer {i}")
             if made[i].share is None:
                 made[i].check(*shape, i)
                 made[i] = made[i].of_shape(*shape)

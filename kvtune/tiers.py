@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtune.attention import causal
 from kvtune.beside import Beside
+from kvtune.errors import UnsupportedError
 from kvtune.held import Held, Pair, Stored
 from kvtune.retention import REMEMBERED
 from kvtune.splits import gathered, others, parted
@@ -46,6 +47,7 @@ class Tiers(Held):
         count = keys.shape[2]
         self._spot = self._spot._replace(scale=scale, softcap=softcap)
         if self.seen == 0:
+            self._check_prepared()
             mask = causal(count, count, keys.device) if count > 1 else None
             out = attend(query, keys, values, mask, scale, softcap)
             stay = count - self.ahead
@@ -77,13 +79,27 @@ class Tiers(Held):
             self._settle_prompt(observed.ahead)
         self._own()  # the prompt's tensors may be views of more
 
-    def decide(self, attention: Tensor) -> None:
-        """Lets a prompt that has waited compete, by what its tokens [B, H, T] got of a replay."""
+    def decide(self, attention: Tensor | None) -> None:
+        """Lets a prompt that has waited compete, where a selector needs a replay by what its tokens
+        [B, H, T] got of it."""
         assert self.waits and self.moved == 0, "a prompt waits"
         self.waits = False
-        self._beside = replace(self._beside, sums=attention[:, :, self.policy.sinks :])
+        if self._needs("replay"):
+            assert attention is not None, "a replay was asked for"
+            self._beside = replace(self._beside, sums=attention[:, :, self.policy.sinks :])
         self._settle_prompt(None)
         self._own()
+
+    def _check_prepared(self) -> None:
+        """Refuses a prompt that comes without what its selector needs of the model."""
+        if (self._needs("replay") and not self.waits) or (self._needs("ahead") and not self.ahead):
+            what = "a replay of the prompt" if self._needs("replay") else "what a draft model says"
+            raise UnsupportedError(
+                f"The selector {self._select.name()} needs {what}, which a plain forward does not "
+                "give.",
+                "Read the prompt with kvtune.prefill(model, cache, tokens, tokenizer=tokenizer), "
+                "and generate behind it.",
+            )
 
     @property
     def _until_due(self) -> int:
@@ -257,6 +273,7 @@ class Tiers(Held):
             None if beside.marks is None else beside.marks[:, :, : keys.shape[2]],
             self._spot,
             self._memory,
+            0 if ahead is None else ahead.shape[2],
         )
 
     def _merged(self, view: View, won: Tensor, lost: Tensor) -> Pair:

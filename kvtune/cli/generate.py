@@ -34,10 +34,20 @@ class Prompt:
     ] = 200
 
 
-def generate(out: Output, path: Path, opened: tuple[Any, Any], prompt: Prompt, force: bool) -> None:
+def generate(
+    out: Output,
+    path: Path,
+    opened: tuple[Any, Any],
+    prompt: Prompt,
+    force: bool,
+    draft: tuple[Any, Any] | None = None,
+) -> None:
     """Prints what the model says with the recipe's cache, and on stderr what the cache took."""
+    import torch
+
     from kvtune import recipe as recipes
     from kvtune.cache import load
+    from kvtune.prefill import Draft, prefill
 
     model, tokenizer = opened
     recipe = recipes.load(path)
@@ -46,11 +56,15 @@ def generate(out: Output, path: Path, opened: tuple[Any, Any], prompt: Prompt, f
     if force:
         forced(out, recipe, model)
     out.say("generating", 0, 1)
+    asked = inputs["input_ids"]
+    read = prefill(model, cache, asked, tokenizer=tokenizer, draft=draft and Draft(*draft))
+    if read is not asked:  # it was cut
+        inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
     made = model.generate(
         **inputs, past_key_values=cache, max_new_tokens=prompt.max_new_tokens, do_sample=False
     )
     out.say("generating", 1, 1)
-    new = made[0, inputs["input_ids"].shape[1] :]
+    new = made[0, read.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     # the last token was said, but never read
     weight = _weight(recipe, model, cache, made.shape[1] - 1)

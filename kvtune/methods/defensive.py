@@ -45,8 +45,8 @@ class Defensive(Selector):
 
 
 def _holding(mean: Tensor) -> Tensor:
-    """Mask [B, H, T] of the largest, up to the one that makes their sum 0.9 of the whole."""
-    order = mean.argsort(-1, descending=True, stable=True)
+    """Mask [B, H, T] of the largest, before the one that makes their sum 0.9 of the whole."""
+    order = mean.shape[-1] - 1 - mean.flip(-1).argsort(dim=-1, descending=True, stable=True)
     reached = mean.gather(-1, order).cumsum(-1)
     inside = reached < MASS * mean.sum(-1, keepdim=True)
     return torch.zeros_like(inside).scatter(-1, order, inside)

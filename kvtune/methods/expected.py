@@ -38,13 +38,14 @@ class Expected(Selector):
         held = view.keys if view.last is None else torch.cat([view.keys, view.last], 2)
         keys, scale = held.to(wide), view.spot.scale or held.shape[-1] ** -0.5
         mean, spread = mean.unflatten(1, (heads, -1)), spread.unflatten(1, (heads, -1))
-        total, share = torch.zeros_like(keys[..., 0]), mean.shape[2]
+        share: int = mean.shape[2]
+        total: Tensor = torch.zeros_like(keys[..., 0])
         for head in range(share):  # one at a time: of all together, k C is larger than the cache
             logits = (keys @ mean[:, :, head, :, None]).squeeze(-1) * scale
             logits += ((keys @ spread[:, :, head]) * keys).sum(-1) * (scale**2 / 2)
             total += logits.softmax(-1)
-        length = torch.linalg.vector_norm(view.values, dim=-1, dtype=wide)
-        return (total[:, :, : view.keys.shape[2]] / share + self.epsilon) * length
+        length: Tensor = torch.linalg.vector_norm(view.values, dim=-1, dtype=wide)
+        return length * (total[:, :, : view.keys.shape[2]] / share + self.epsilon)
 
     def _queries_to_come(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean [B, Hq, D] and covariance [B, Hq, D, D] of them, as they stand after RoPE."""

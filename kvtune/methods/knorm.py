@@ -16,4 +16,5 @@ class Knorm(Selector):
     def score(self, view: View) -> Tensor:
         """Norms with a minus, [B, H, T]."""
         wide = torch.promote_types(view.keys.dtype, torch.float32)
-        return -torch.linalg.vector_norm(view.keys, dim=-1, dtype=wide)
+        length: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=wide)
+        return -length

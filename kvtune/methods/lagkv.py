@@ -10,6 +10,8 @@ from kvtune.marks import OneOf
 from kvtune.retention import Selector
 from kvtune.view import View
 
+MOST = 1e9  # of z: its square is still a number
+
 
 class Lagkv(Selector):
     """Tokens are ranked within partitions of `lag`, each on the scale of the partition after it.
@@ -33,7 +35,7 @@ class Lagkv(Selector):
             return tail
         spread = self._spread(view.keys.to(wide)) + self._spread(view.values.to(wide))
         # of equal ones the later is higher
-        ranks = spread.argsort(-1, stable=True).argsort(-1).to(wide) / self.lag
+        ranks = spread.argsort(dim=-1, stable=True).argsort(-1).to(wide) / self.lag
         return torch.cat([ranks.flatten(2), tail], 2)
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -43,5 +45,5 @@ class Lagkv(Selector):
         after = parts[:, :, 1:]
         low, high = after.amin(3, keepdim=True), after.amax(3, keepdim=True)
         # a channel that does not vary has no scale, and tells nothing
-        scaled = ((parts[:, :, :-1] - low) / (high - low)).masked_fill(high == low, 0)
-        return scaled.std(-1).softmax(-1)
+        scaled: Tensor = ((parts[:, :, :-1] - low) / (high - low)).masked_fill(high == low, 0)
+        return scaled.clamp(-MOST, MOST).std(-1).softmax(-1)

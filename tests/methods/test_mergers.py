@@ -83,7 +83,7 @@ def test_where_nothing_lost_the_winners_are_as_they_were(merger: Merger, spot: S
 
 @every_merger
 def test_a_winner_to_which_nothing_goes_is_as_it_was(merger: Merger, spot: Spot) -> None:
-    won, lost = pair(spot, torch.bfloat16)
+    won, lost = pair(spot)
     lost = lost._replace(keys=won.keys[:, :, 2:3].expand_as(lost.keys))
     found = merger.merge(won, lost)
     others = [0, 1, 3, 4, 5]
