@@ -192,6 +192,16 @@ def test_heads_of_a_layer_may_want_different_things(llama: Any, draw: Any) -> No
         torch.testing.assert_close(values[:, head], cache.layers[2].prompt()[1][:, head])
 
 
+def test_tokens_of_a_kind_go_before_all_others(llama: Any, draw: Any) -> None:
+    tokens = draw(1, LENGTH)
+    kinds = torch.zeros(1, LENGTH, dtype=torch.bool).index_fill(1, torch.arange(20, 32), True)
+    cache = cache_of(llama, selecting(f'{{ use = "text_prior", budget = {BUDGET} }}'))
+    prefill(llama, cache, tokens, tokenizer=WORDS, kinds=kinds)
+    keys = dense(llama, tokens[:, :-1]).layers[1].keys
+    torch.testing.assert_close(cache.layers[1].prompt()[0][:, :, 4:-8], keys[:, :, 20:32])
+    assert cache.shared.kinds is None, "the next prompt has kinds of its own"
+
+
 def test_a_cut_prompt_is_a_prompt_of_its_own(llama: Any, draw: Any) -> None:
     tokens = draw(1, LENGTH)
     cache = cache_of(llama, SPECPC + QUANTIZED + REST)
