@@ -16,9 +16,12 @@ def allocated(work: Callable[[], Any]) -> tuple[int, Any]:
     They are summed up from the raw events of memory, those of which bytes are given back being
     negative: to sort events by the operations that caused them takes ten times as long.
     """
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        result = work()
-        gc.collect()
+    gc.freeze()  # what is garbage already gives nothing back meanwhile, nor is it searched for
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            result = work()
+            gc.collect()
+    finally:
+        gc.unfreeze()
     events = watched.profiler.kineto_results.events()
     return sum(event.nbytes() for event in events if event.name() == MEMORY_EVENT_NAME), result
