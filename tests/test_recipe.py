@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ LAYER = '[[layers]]\nspan = "all"\n'
 
 def text(body: str) -> str:
     return f"kvtune = 1\n{body}"
+
+
+@cache
+def validator() -> Any:
+    """Returns what holds recipes against the schema, which is made, and checked, once."""
+    return jsonschema.Draft202012Validator(recipes.schema())
 
 
 def test_a_recipe_is_read_as_it_was_written(recipe_name: str, recipe_of: Any) -> None:
@@ -236,14 +243,13 @@ def test_what_is_due_is_whole_blocks_behind_sinks_and_window(seen: int, recipe_o
 
 
 def test_the_schema_knows_every_shipped_recipe_and_template(shipped: dict[str, Path]) -> None:
-    schema = recipes.schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator.check_schema(recipes.schema())
     for path in shipped.values():
-        jsonschema.validate(tomllib.loads(path.read_text(encoding="utf-8")), schema)
+        validator().validate(tomllib.loads(path.read_text(encoding="utf-8")))
 
 
 def test_the_schema_knows_every_recipe_made_here(recipe_name: str, recipe_of: Any) -> None:
-    jsonschema.validate(tomllib.loads(recipe_of(recipe_name).dumps()), recipes.schema())
+    validator().validate(tomllib.loads(recipe_of(recipe_name).dumps()))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +272,7 @@ def test_the_schema_knows_every_recipe_made_here(recipe_name: str, recipe_of: An
 )
 def test_the_schema_refuses_what_the_reader_refuses(name: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(tomllib.loads(REFUSED[name][0]), recipes.schema())
+        validator().validate(tomllib.loads(REFUSED[name][0]))
 
 
 def test_the_schema_is_made_anew_for_each_caller() -> None:
