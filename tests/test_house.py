@@ -23,7 +23,7 @@ FLOORS = (
     "report.markup report.numbers report.records",
     "lowrank view",
     "bench.basis demo metrics parts runs sampling shipped storage task tensors texts bench.store",
-    "chains intervals leases levels models planes reading retention table turning turns",
+    "chains intervals leases levels models planes pooling reading retention table turning turns",
     "bench.kernels",
     "entries pages selection bench.latents",
     "policy",

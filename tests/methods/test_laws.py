@@ -48,7 +48,8 @@ def test_defaults_are_valid_somewhere(kind: type[Part]) -> None:
 
 @every_method
 def test_a_method_needs_only_what_there_is(kind: type[Part]) -> None:
-    assert kind.needs <= {"rope", "queries", "attention"}
+    known = {"attention", "queries", "positions", "output", "rope", "replay", "ahead", "kinds"}
+    assert kind.needs <= known
 
 
 @every_method
