@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -18,11 +18,13 @@ TINY = 1e-12  # nats
 
 
 class Reading(NamedTuple):
-    """A probe: the priced sums of keys and of values in nats, and the KL measured."""
+    """A probe: the priced sums of keys and of values in nats, and the KL measured; and what the
+    tokens that it drops are priced at."""
 
     keys: float
     values: float
     measured: float
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Growth:
     cross: float = 0.0
     missed: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # by how much plain sums missed, at most, relatively: keys, values, both together
+    tokens: float = 1.0  # scale of what selections cost at 16 bits
 
     @classmethod
     def fit(cls, readings: Sequence[Reading]) -> Growth:
@@ -58,14 +61,34 @@ class Growth:
         cross = alone._cross(joint) if worst > TOLERANCE else 0.0
         return cls(fitted["keys"], fitted["values"], cross, (missed[0], missed[1], worst))
 
+    @classmethod
+    def scales(cls, readings: Sequence[Reading]) -> Growth:
+        """One factor for each of tokens, keys and values, and nothing else, so that the prices of
+        whole layers still add up: a knapsack over them is exact. Eviction compounds over layers
+        more than noise does, which its factor tells."""
+        sides = {side: _one_sided(readings, side) for side in SIDES}
+        tokens = [
+            (one.tokens, one.measured)
+            for one in readings
+            if one.tokens > 0 and not one.keys and not one.values and one.measured > TINY
+        ]
+        keys, values, kept = (_scale(pairs) for pairs in (*sides.values(), tokens))
+        alone = cls((keys, 1.0), (values, 1.0), tokens=kept)
+        joint = [one for one in readings if one.keys > 0 and one.values > 0 and one.measured > 0]
+        off = [one.measured / float(alone.kl(one.keys, one.values)) - 1 for one in joint]
+        missed = [_spread(pairs) for pairs in sides.values()]
+        worst = max(map(abs, off), default=0.0)
+        return replace(alone, missed=(missed[0], missed[1], worst))
+
     @overload
-    def kl(self, keys: float, values: float) -> float: ...
+    def kl(self, keys: float, values: float, tokens: float = 0.0) -> float: ...
     @overload
     def kl(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray: ...
-    def kl(self, keys: Any, values: Any) -> Any:
+    def kl(self, keys: Any, values: Any, tokens: float = 0.0) -> Any:
         """The KL in nats of priced sums."""
         f_k, f_v = (a * x**p for (a, p), x in ((self.keys, keys), (self.values, values)))
-        return f_k + f_v + self.cross * (f_k * f_v) ** 0.5
+        found = f_k + f_v + self.cross * (f_k * f_v) ** 0.5
+        return found + self.tokens * tokens if tokens else found
 
     @property
     def is_additive(self) -> bool:
@@ -81,7 +104,8 @@ class Growth:
         """Reads `table`; KeyError, TypeError or ValueError for anything else."""
         pairs = {side: (float(held[side][0]), float(held[side][1])) for side in SIDES}
         keys, values, both = map(float, held["missed"])
-        return cls(pairs["keys"], pairs["values"], float(held["cross"]), (keys, values, both))
+        missed, tokens = (keys, values, both), float(held.get("tokens", 1.0))
+        return cls(pairs["keys"], pairs["values"], float(held["cross"]), missed, tokens)
 
     def _cross(self, joint: Sequence[Reading]) -> float:
         terms = []
@@ -108,6 +132,8 @@ def _spread(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _scale(pairs: Sequence[tuple[float, float]]) -> float:
+    if not pairs:
+        return 1.0
     factors = [measured / priced for priced, measured in pairs]
     return math.prod(factors) ** (1 / len(factors))
 

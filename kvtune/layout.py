@@ -11,11 +11,12 @@ from kvtune.chains import Chain
 from kvtune.clusters import clusters
 from kvtune.errors import UsageError
 from kvtune.goal import Goal
+from kvtune.joint import common, everywhere
 from kvtune.models import Facts
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
-from kvtune.space import SIDES, Choices, Opened, Side
-from kvtune.surrogate import Assignment, Place, Prediction, Surrogate, by_bytes
+from kvtune.space import SIDES, Choices, Opened, Side, Triple
+from kvtune.surrogate import Assignment, Place, Prediction, Rung, Setting, Surrogate, by_bytes
 
 T = TypeVar("T")
 START = "start"
@@ -23,6 +24,13 @@ NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothin
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 FINE = 64  # budgets of a surrogate front; a search measures `goal.budgets` of them, then the rest
 ALONE = "bits alone"  # origins of the front of settings without a projection
+# where tokens are searched: the fronts of some axes alone, and what they save by
+OWN = {
+    "tokens alone": frozenset({"tokens"}),
+    ALONE: frozenset({"bits"}),
+    "rank alone": frozenset({"rank"}),
+    "rank and bits": frozenset({"rank", "bits"}),
+}
 PAYS = 0.95  # heads differ where that lowers the predicted KL at least to this part of it
 
 
@@ -118,6 +126,9 @@ class Layout:
         found = {"knapsack": self._front("memory")}
         if self.goal.timed:
             found["fast"] = self._front("latency")
+        for name, used in OWN.items() if self.joint else ():
+            if own := _saving_by(self.views, used):
+                found[name] = self._front("memory", own)
         if self.mixed:
             found[ALONE] = self._front("memory", _alone(self.views))
         if any(view.by_head for view in self.views.values()):
@@ -152,8 +163,16 @@ class Layout:
         return tuple(int(bits / 16 * self._dense_bytes) for bits in self.goal.within)
 
     @property
+    def joint(self) -> bool:
+        """Whether tokens are searched beside bits and rank."""
+        return next(iter(self.views.values())).whole.joint
+
+    @property
     def mixed(self) -> bool:
-        """Whether projections and bits alone are both open, so that each may be compared."""
+        """Whether projections and bits alone are both open, so that each may be compared; where
+        tokens are open too, `joint` says more."""
+        if self.joint:
+            return False
         every = [chain for view in self.views.values() for chain in _chains(view.choices)]
         return any(chain.projects for chain in every) and bool(_alone(self.views))
 
@@ -213,7 +232,12 @@ class Layout:
 
     def _uniforms(self, window: str) -> dict[str, Base]:
         suffix = f" | {window}" if window else ""
-        found = uniforms(self.views[window].choices)
+        view = self.views[window]
+        if view.whole.joint:
+            alike = common(view.whole)
+            found = {f"uniform {triple}": everywhere(view.whole, triple) for triple in alike}
+        else:
+            found = uniforms(view.choices)
         return {f"{name}{suffix}": Base(window, chosen) for name, chosen in found.items()}
 
     def _protected(self, some: Mapping[str, Base]) -> dict[str, Base]:
@@ -236,10 +260,26 @@ def _chains(choices: Choices) -> list[Chain]:
 
 def _alone(views: Mapping[str, View]) -> dict[str, View]:
     """The views without projections; nothing where a place has no other setting."""
+    return _only(views, lambda rung: not rung.chain.projects)
+
+
+def _saving_by(views: Mapping[str, View], used: frozenset[str]) -> dict[str, View]:
+    """The views of settings that save by nothing but some axes; nothing where none does."""
+
+    def wanted(rung: Rung) -> bool:
+        return isinstance(rung.chain, Triple) and rung.chain.axes <= used
+
+    found = _only(views, wanted)
+    every = [own for view in found.values() for own in view.whole.rungs.values()]
+    return found if any(len(own) > 1 for own in every) else {}
+
+
+def _only(views: Mapping[str, View], wanted: Callable[[Rung], bool]) -> dict[str, View]:
+    """The views of some settings; nothing where a place has none."""
     found = {}
     for name, view in views.items():
         rungs = {
-            place: tuple(rung for rung in own if not rung.chain.projects)
+            place: tuple(rung for rung in own if wanted(rung))
             for place, own in view.whole.rungs.items()
         }
         if all(rungs.values()):
@@ -247,15 +287,17 @@ def _alone(views: Mapping[str, View]) -> dict[str, View]:
     return found
 
 
-def _place(item: tuple[Place, Chain]) -> tuple[int, str, int]:
+def _place(item: tuple[Place, Setting]) -> tuple[int, str, int]:
     place = item[0]
     return place.layer, place.side, -1 if place.head is None else place.head
 
 
-def _policy(own: Opened, places: Mapping[Place, Chain]) -> Policy:
+def _policy(own: Opened, places: Mapping[Place, Setting]) -> Policy:
     """A layer's policy; heads of equal settings are grouped."""
-    sides: dict[Side, dict[int | None, Chain]] = {side: {} for side in SIDES}
+    sides: dict[str, dict[int | None, Chain]] = {side: {} for side in SIDES}
     for place, chain in places.items():
+        if isinstance(chain, Triple):
+            return own.policy_of(chain)
         sides[place.side][place.head] = chain
     if None in sides["keys"]:
         return own.policy(sides["keys"][None], sides["values"][None])

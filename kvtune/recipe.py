@@ -78,6 +78,16 @@ def _kinds_schema(*kinds: type[Part]) -> dict[str, Any]:
     return {"oneOf": branches}
 
 
+def _open_share() -> dict[str, Any]:
+    """JSON Schema of a selector whose share is left to a search."""
+    shares = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+    return {
+        "type": "object",
+        "properties": {"share": {"anyOf": [{"const": SEARCH}, shares]}},
+        "required": ["use", "share"],
+    }
+
+
 class ModelBinding(Record):
     """The model that a recipe was tuned for. The name is only a label; the fingerprint decides."""
 
@@ -202,6 +212,7 @@ def schema() -> dict[str, Any]:
         name = f"{key.capitalize()}s"
         definitions[name] = _kinds_schema(*kinds)
         properties[key] = {"$ref": f"#/$defs/{name}"}
+    properties["select"] = {"anyOf": [properties["select"], _open_share()]}
     definitions["HeadEntry"]["properties"]["select"] = {"$ref": "#/$defs/Selects"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 

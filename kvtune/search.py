@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kvtune import joint
 from kvtune.cache import Weight, weigh
 from kvtune.chains import Chain
 from kvtune.commons import shared as shared_by_workers
@@ -19,10 +20,10 @@ from kvtune.layout import Base, Layout, View, shared
 from kvtune.measure import Bench, Quality
 from kvtune.profile import Profile
 from kvtune.recipe import Policy
-from kvtune.space import SIDES, Choices, Side
+from kvtune.space import AXES, SIDES, Choices, Side, axes
 from kvtune.speed import Speed
 from kvtune.study import Choice, Outcome, Row, fresh, run
-from kvtune.surrogate import Place, Surrogate, surrogate
+from kvtune.surrogate import Assignment, Place, Surrogate, surrogate
 from kvtune.table import Infeasible, Stopped
 
 STUDY, GROWTH = "kvtune", "growth"
@@ -62,7 +63,7 @@ class Search:
         grown = f"{GROWTH} {self._binding()}"
         held = shared_by_workers(limits.storage, STUDY, grown, lambda: self._grown(plain))
         self.growth = Growth.of_table(held)
-        views = {name: _grown(view, self.growth) for name, view in plain.items()}
+        views = {name: _rescaled(view, self.growth) for name, view in plain.items()}
         dense = self.weight((Policy(),) * len(self.known.layers)).dense_bytes
         self.layout = Layout(views, self.known, goal, self._fits, dense)
 
@@ -112,6 +113,9 @@ class Search:
         time = {"latency": self.speed.recipe(policies)} if self.speed else {}
         if self.layout.mixed:
             found["projects"] = float(any(policy.projects for policy in policies))
+        if self.layout.joint:
+            used = axes(policies)
+            found |= {f"uses_{axis}": float(axis in used) for axis in AXES}
         return {**found, **time, "predicted": predicted}
 
     def _quality(
@@ -164,6 +168,9 @@ class Search:
                 by_head=by_head,
             )
 
+        if any(own.selects for own in choices.values()):
+            whole = joint.surrogate(choices, self.profile, self.known, self.goal.context)
+            return View(choices, whole, None)
         apart = any(own.per_head for own in choices.values())
         return View(choices, made(False), made(True) if apart else None)
 
@@ -174,6 +181,8 @@ class Search:
         by one that grows.
         """
         view = next(iter(views.values()))
+        if view.whole.joint:
+            return self._scaled(view)
         chains = {side: _probes(view, side) for side in SIDES}
         probes: list[dict[Side, Chain]] = [{side: c} for side in SIDES for c in chains[side]]
         pairs = zip(chains["keys"], chains["values"], strict=False)
@@ -184,17 +193,29 @@ class Search:
                 readings.append(self._read(view, probe))
         return Growth.fit(readings).table()
 
+    def _scaled(self, view: View) -> dict[str, Any]:
+        """The same where layers have triples: probes of each axis alone, and a factor for each."""
+        readings = []
+        for triple in joint.probes(view.whole):
+            found = {i: own.policy_of(triple) for i, own in view.choices.items()}
+            whole = tuple(found.get(i, Policy()) for i in range(len(self.known.layers)))
+            sums = view.whole.sums(joint.everywhere(view.whole, triple))
+            with suppress(ResourceError):
+                kl = self.bench.measure(whole).means()["kl"]
+                readings.append(Reading(sums["keys"], sums["values"], kl, sums["tokens"]))
+        return Growth.scales(readings).table()
+
     def _read(self, view: View, chains: dict[Side, Chain]) -> Reading:
         """Measures all layers with the given settings, the other side dense."""
         policies = {i: own.sided(chains) for i, own in view.choices.items()}
         whole = tuple(policies.get(i, Policy()) for i in range(len(self.known.layers)))
-        chosen = {Place(i, side): c for i in view.choices for side, c in chains.items()}
+        chosen: Assignment = {Place(i, side): c for i in view.choices for side, c in chains.items()}
         sums = view.whole.sums(chosen)
         return Reading(sums["keys"], sums["values"], self.bench.measure(whole).means()["kl"])
 
     def _binding(self) -> str:
         """What a study belongs to: model, texts, space and goal."""
-        cells = [[c.layer, c.side, c.setting, c.sinks, c.recent] for c in self.profile.cells]
+        cells = [cell.row for cell in self.profile.cells]
         bound = [
             self.profile.meta.get("fingerprint"),
             self.profile.meta.get("text"),
@@ -208,15 +229,16 @@ class Search:
         return sha256_bytes(canonical_json(bound).encode())
 
 
-def _grown(view: View, growth: Growth) -> View:
+def _rescaled(view: View, growth: Growth) -> View:
     """The same view with sums that grow as measured."""
-    apart = Surrogate(view.by_head.rungs, growth) if view.by_head else None
-    return View(view.choices, Surrogate(view.whole.rungs, growth), apart)
+    apart = view.by_head.grown(growth) if view.by_head else None
+    return View(view.choices, view.whole.grown(growth), apart)
 
 
 def _probes(view: View, side: Side) -> list[Chain]:
     """Two settings that every layer opens: the cheapest, and one a third of the way up."""
     common = shared(view.choices, side)
     first = Place(next(iter(view.choices)), side)
-    chains = [rung.chain for rung in view.whole.ladders[first] if rung.chain in common]
+    ladder = [rung.chain for rung in view.whole.ladders[first]]
+    chains = [chain for chain in ladder if isinstance(chain, Chain) and chain in common]
     return list(dict.fromkeys((chains[0], chains[len(chains) // 3]))) if chains else []
