@@ -20,9 +20,12 @@ def by_time(rung: Rung) -> int:
 class Budgets:
     """Solves a surrogate for every budget of bytes, or of time.
 
-    Where tokens are searched, layers are one knapsack. Else keys and values are two: whatever the
-    growth of their sums into a KL, it rises with either of them, so the best of all ways to split
-    a budget between the two is exact as well.
+    Where tokens are searched, layers are one knapsack over triples. The KL is a sum, but that it
+    grows less than evenly with the prices of tokens: what is best is best under some slope of that
+    growth as well (a corner of the hull of what can be had), so there is a knapsack for each of a
+    few slopes, exact itself, and the least predicted KL of theirs is taken. Else keys and values
+    are two: whatever the growth of their sums into a KL, it rises with either of them, so the best
+    of all ways to split a budget between the two is exact as well.
     """
 
     def __init__(self, surrogate: Surrogate, size: Size = by_bytes) -> None:
@@ -80,17 +83,25 @@ class Budgets:
         """One knapsack over whole layers: prices of triples add up."""
         if budget < self.range[0]:
             raise self._too_small(budget)
-        solver, (ladders,) = self._solver, self._ladders.values()
-        picked = solver.solve(max(solver.least, budget // solver.unit))
-        return {p: own[i].chain for (p, own), i in zip(ladders.items(), picked, strict=True)}
+        found = []
+        for ladders, solver in self._of_slopes:
+            picked = solver.solve(max(solver.least, budget // solver.unit))
+            pairs = zip(ladders.items(), picked, strict=True)
+            found.append({place: own[i].chain for (place, own), i in pairs})
+        return min(found, key=lambda chosen: self._surrogate.predict(chosen).kl)
 
     def _too_small(self, budget: int) -> ValueError:
         return ValueError(f"budget {budget} is below the smallest, {self.range[0]}")
 
     @cached_property
-    def _solver(self) -> Knapsack:
-        (ladders,) = self._ladders.values()
-        return Knapsack([[(self._size(r), r.price) for r in own] for own in ladders.values()])
+    def _of_slopes(self) -> list[tuple[dict[Place, list[Rung]], Knapsack]]:
+        whole, found = self._surrogate, []
+        for slope in whole.growth.slopes(whole.most_tokens):
+            rungs = whole.sloped(slope, whole.growth)
+            ladders = {place: undominated(own, self._size) for place, own in rungs.items()}
+            items = [[(self._size(r), r.price) for r in own] for own in ladders.values()]
+            found.append((ladders, Knapsack(items)))
+        return found
 
     @cached_property
     def _solvers(self) -> tuple[Knapsack, Knapsack]:

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from kvtune.cache import Weight, weigh
 from kvtune.halving import dominates
-from kvtune.layout import NEGLIGIBLE, OWN, Base, Layout
+from kvtune.layout import NEGLIGIBLE, Base, Layout
 from kvtune.measure import Bench
 from kvtune.prove import Proof
 from kvtune.recipe import Policy
 from kvtune.space import AXES, axes
 from kvtune.speed import Speed
 from kvtune.study import Row, front
+from kvtune.views import OWN
 
 T = TypeVar("T")
 SLIGHT, CLEARLY = 1.02, 0.8

@@ -13,6 +13,8 @@ from kvtune.space import SIDES, Side
 
 TOLERANCE = 0.1  # relative: what sums miss by less is noise
 POWERS = (0.8, 1.6)
+FLATTENS = (0.3, 1.0)  # powers of tokens
+SLOPES = 6
 CROSS = (0.0, 2.0)
 TINY = 1e-12  # nats
 
@@ -41,7 +43,7 @@ class Growth:
     cross: float = 0.0
     missed: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # by how much plain sums missed, at most, relatively: keys, values, both together
-    tokens: float = 1.0  # scale of what selections cost at 16 bits
+    tokens: tuple[float, float] = (1.0, 1.0)  # of what selections cost at 16 bits
 
     @classmethod
     def fit(cls, readings: Sequence[Reading]) -> Growth:
@@ -63,16 +65,21 @@ class Growth:
 
     @classmethod
     def scales(cls, readings: Sequence[Reading]) -> Growth:
-        """One factor for each of tokens, keys and values, and nothing else, so that the prices of
-        whole layers still add up: a knapsack over them is exact. Eviction compounds over layers
-        more than noise does, which its factor tells."""
+        """Where layers have one setting of tokens, keys and values: a factor for each of them, so
+        that prices still add up.
+
+        Of tokens also a power of at most 1. What a few layers drop costs more than its price,
+        which takes positions as independent, where tokens that are gone are gone for all of them;
+        and a search picks the layers whose price says least of that.
+        """
         sides = {side: _one_sided(readings, side) for side in SIDES}
         tokens = [
             (one.tokens, one.measured)
             for one in readings
             if one.tokens > 0 and not one.keys and not one.values and one.measured > TINY
         ]
-        keys, values, kept = (_scale(pairs) for pairs in (*sides.values(), tokens))
+        keys, values = (_scale(pairs) for pairs in sides.values())
+        kept = _curve(tokens, FLATTENS)
         alone = cls((keys, 1.0), (values, 1.0), tokens=kept)
         joint = [one for one in readings if one.keys > 0 and one.values > 0 and one.measured > 0]
         off = [one.measured / float(alone.kl(one.keys, one.values)) - 1 for one in joint]
@@ -88,7 +95,15 @@ class Growth:
         """The KL in nats of priced sums."""
         f_k, f_v = (a * x**p for (a, p), x in ((self.keys, keys), (self.values, values)))
         found = f_k + f_v + self.cross * (f_k * f_v) ** 0.5
-        return found + self.tokens * tokens if tokens else found
+        return found + self.tokens[0] * tokens ** self.tokens[1] if tokens else found
+
+    def slopes(self, most: float) -> tuple[float, ...]:
+        """How fast the KL rises with what tokens are priced at, from a sum that is the most there
+        is down to a small part of it; one where it rises evenly."""
+        scale, power = self.tokens
+        if power == 1 or most <= 0:
+            return (scale,)
+        return tuple(scale * power * (most / 4**i) ** (power - 1) for i in range(SLOPES))
 
     @property
     def is_additive(self) -> bool:
@@ -104,7 +119,8 @@ class Growth:
         """Reads `table`; KeyError, TypeError or ValueError for anything else."""
         pairs = {side: (float(held[side][0]), float(held[side][1])) for side in SIDES}
         keys, values, both = map(float, held["missed"])
-        missed, tokens = (keys, values, both), float(held.get("tokens", 1.0))
+        scale, power = map(float, held.get("tokens", (1.0, 1.0)))
+        missed, tokens = (keys, values, both), (scale, power)
         return cls(pairs["keys"], pairs["values"], float(held["cross"]), missed, tokens)
 
     def _cross(self, joint: Sequence[Reading]) -> float:
@@ -138,11 +154,13 @@ def _scale(pairs: Sequence[tuple[float, float]]) -> float:
     return math.prod(factors) ** (1 / len(factors))
 
 
-def _curve(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _curve(
+    pairs: Sequence[tuple[float, float]], powers: tuple[float, float] = POWERS
+) -> tuple[float, float]:
     if not pairs:  # a context shorter than a block encodes nothing
         return 1.0, 1.0
     if len(pairs) < 2 or _spread(pairs) <= TOLERANCE:
         return _scale(pairs), 1.0
     x, y = (np.log(np.array(column)) for column in zip(*pairs, strict=True))
-    power = min(max(float(np.polyfit(x, y, 1)[0]), POWERS[0]), POWERS[1])
+    power = min(max(float(np.polyfit(x, y, 1)[0]), powers[0]), powers[1])
     return float(np.exp(np.mean(y - power * x))), power

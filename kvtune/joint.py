@@ -147,17 +147,16 @@ def everywhere(surrogate: Surrogate, triple: Triple) -> Assignment:
 
 
 def probes(surrogate: Surrogate) -> list[Triple]:
-    """Settings of all layers by which each axis is rescaled: two of tokens, of keys and of values
-    alone, the cheapest and one a third of the way up, and keys and values together."""
+    """Settings of all layers by which keys and values are rescaled: two of each alone, the
+    cheapest and one a third of the way up, and both together."""
     ladder = next(iter(surrogate.rungs.values()))
     found = set(common(surrogate))
     own = [rung for rung in ladder if rung.chain in found]
-    tokens = _two(own, lambda t: t.select is not None and not t.keys.codecs and not t.values.codecs)
     keys = _two(own, lambda t: t.select is None and bool(t.keys.codecs) and not t.values.codecs)
     values = _two(own, lambda t: t.select is None and bool(t.values.codecs) and not t.keys.codecs)
     pairs = zip(keys, values, strict=False)
     both = [Triple(None, k.keys, v.values) for k, v in pairs]
-    return [*tokens, *keys, *values, *(triple for triple in both if triple in found)]
+    return [*keys, *values, *(triple for triple in both if triple in found)]
 
 
 def _two(rungs: Iterable[Rung], wanted: Callable[[Triple], bool]) -> list[Triple]:

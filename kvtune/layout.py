@@ -16,21 +16,16 @@ from kvtune.models import Facts
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
 from kvtune.space import SIDES, Choices, Opened, Side, Triple
-from kvtune.surrogate import Assignment, Place, Prediction, Rung, Setting, Surrogate, by_bytes
+from kvtune.surrogate import Assignment, Place, Prediction, Setting, Surrogate, by_bytes
+from kvtune.views import ALONE as ALONE
+from kvtune.views import OWN, saving_by, without_projections
+from kvtune.views import View as View
 
 T = TypeVar("T")
 START = "start"
 NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothing
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 FINE = 64  # budgets of a surrogate front; a search measures `goal.budgets` of them, then the rest
-ALONE = "bits alone"  # origins of the front of settings without a projection
-# where tokens are searched: the fronts of some axes alone, and what they save by
-OWN = {
-    "tokens alone": frozenset({"tokens"}),
-    ALONE: frozenset({"bits"}),
-    "rank alone": frozenset({"rank"}),
-    "rank and bits": frozenset({"rank", "bits"}),
-}
 PAYS = 0.95  # heads differ where that lowers the predicted KL at least to this part of it
 
 
@@ -39,14 +34,6 @@ class Base(NamedTuple):
 
     window: str
     chosen: Assignment
-
-
-class View(NamedTuple):
-    """The search under one window: what layers may be, and what is predicted of it."""
-
-    choices: Choices
-    whole: Surrogate
-    by_head: Surrogate | None  # where a layer lets its kv heads differ
 
 
 class Layout:
@@ -102,14 +89,7 @@ class Layout:
 
     def policies(self, base: Base) -> tuple[Policy, ...]:
         """One policy per layer."""
-        choices = self.views[base.window].choices
-        found = {
-            layer: _policy(choices[layer], dict(places))
-            for layer, places in groupby(
-                sorted(base.chosen.items(), key=_place), key=lambda item: item[0].layer
-            )
-        }
-        return tuple(found.get(i, Policy()) for i in range(len(self.known.layers)))
+        return policies(self.views[base.window].choices, base.chosen, len(self.known.layers))
 
     def predict(self, base: Base) -> Prediction:
         """What the price table says of it."""
@@ -127,10 +107,10 @@ class Layout:
         if self.goal.timed:
             found["fast"] = self._front("latency")
         for name, used in OWN.items() if self.joint else ():
-            if own := _saving_by(self.views, used):
+            if own := saving_by(self.views, used):
                 found[name] = self._front("memory", own)
         if self.mixed:
-            found[ALONE] = self._front("memory", _alone(self.views))
+            found[ALONE] = self._front("memory", without_projections(self.views))
         if any(view.by_head for view in self.views.values()):
             found["heads"] = self._paying(found["knapsack"])
         first: dict[str, Base] = {}
@@ -174,7 +154,7 @@ class Layout:
         if self.joint:
             return False
         every = [chain for view in self.views.values() for chain in _chains(view.choices)]
-        return any(chain.projects for chain in every) and bool(_alone(self.views))
+        return any(chain.projects for chain in every) and bool(without_projections(self.views))
 
     def _front(self, over: str, views: Mapping[str, View] | None = None) -> list[Base]:
         """What nothing is predicted to beat, over all windows, from the smallest on."""
@@ -258,38 +238,20 @@ def _chains(choices: Choices) -> list[Chain]:
     return [chain for own in choices.values() for side in SIDES for chain in own.chains(side)]
 
 
-def _alone(views: Mapping[str, View]) -> dict[str, View]:
-    """The views without projections; nothing where a place has no other setting."""
-    return _only(views, lambda rung: not rung.chain.projects)
-
-
-def _saving_by(views: Mapping[str, View], used: frozenset[str]) -> dict[str, View]:
-    """The views of settings that save by nothing but some axes; nothing where none does."""
-
-    def wanted(rung: Rung) -> bool:
-        return isinstance(rung.chain, Triple) and rung.chain.axes <= used
-
-    found = _only(views, wanted)
-    every = [own for view in found.values() for own in view.whole.rungs.values()]
-    return found if any(len(own) > 1 for own in every) else {}
-
-
-def _only(views: Mapping[str, View], wanted: Callable[[Rung], bool]) -> dict[str, View]:
-    """The views of some settings; nothing where a place has none."""
-    found = {}
-    for name, view in views.items():
-        rungs = {
-            place: tuple(rung for rung in own if wanted(rung))
-            for place, own in view.whole.rungs.items()
-        }
-        if all(rungs.values()):
-            found[name] = View(view.choices, Surrogate(rungs, view.whole.growth), None)
-    return found
-
-
 def _place(item: tuple[Place, Setting]) -> tuple[int, str, int]:
     place = item[0]
     return place.layer, place.side, -1 if place.head is None else place.head
+
+
+def policies(choices: Choices, chosen: Assignment, layers: int) -> tuple[Policy, ...]:
+    """One policy per layer of an assignment."""
+    found = {
+        layer: _policy(choices[layer], dict(places))
+        for layer, places in groupby(
+            sorted(chosen.items(), key=_place), key=lambda item: item[0].layer
+        )
+    }
+    return tuple(found.get(i, Policy()) for i in range(layers))
 
 
 def _policy(own: Opened, places: Mapping[Place, Setting]) -> Policy:

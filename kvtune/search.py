@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune import joint
+from kvtune.budgets import Budgets
 from kvtune.cache import Weight, weigh
 from kvtune.chains import Chain
 from kvtune.commons import shared as shared_by_workers
@@ -16,7 +17,7 @@ from kvtune.files import canonical_json, sha256_bytes
 from kvtune.goal import Goal
 from kvtune.growth import Growth, Reading
 from kvtune.halving import promoted
-from kvtune.layout import Base, Layout, View, shared
+from kvtune.layout import Base, Layout, policies, shared
 from kvtune.measure import Bench, Quality
 from kvtune.profile import Profile
 from kvtune.recipe import Policy
@@ -25,8 +26,10 @@ from kvtune.speed import Speed
 from kvtune.study import Choice, Outcome, Row, fresh, run
 from kvtune.surrogate import Assignment, Place, Surrogate, surrogate
 from kvtune.table import Infeasible, Stopped
+from kvtune.views import View, saving_by
 
 STUDY, GROWTH = "kvtune", "growth"
+PROBES = 5  # sizes of recipes of tokens alone; the last has all of them
 FEW = 4  # one sequence in so many is measured before the others
 
 
@@ -114,6 +117,7 @@ class Search:
         if self.layout.mixed:
             found["projects"] = float(any(policy.projects for policy in policies))
         if self.layout.joint:
+            found["projects"] = float(any(policy.projects for policy in policies))
             used = axes(policies)
             found |= {f"uses_{axis}": float(axis in used) for axis in AXES}
         return {**found, **time, "predicted": predicted}
@@ -194,12 +198,16 @@ class Search:
         return Growth.fit(readings).table()
 
     def _scaled(self, view: View) -> dict[str, Any]:
-        """The same where layers have triples: probes of each axis alone, and a factor for each."""
+        """The same where layers have triples: probes of keys and of values alike in all layers,
+        and of tokens as a search of them alone would have it."""
         readings = []
-        for triple in joint.probes(view.whole):
-            found = {i: own.policy_of(triple) for i, own in view.choices.items()}
-            whole = tuple(found.get(i, Policy()) for i in range(len(self.known.layers)))
-            sums = view.whole.sums(joint.everywhere(view.whole, triple))
+        probes = [joint.everywhere(view.whole, own) for own in joint.probes(view.whole)]
+        for alone in saving_by({"": view}, frozenset({"tokens"})).values():
+            solver = Budgets(alone.whole)
+            probes += [solver.best(budget) for budget in solver.spread(PROBES)[:-1]]
+        for chosen in probes:
+            whole = policies(view.choices, chosen, len(self.known.layers))
+            sums = view.whole.sums(chosen)
             with suppress(ResourceError):
                 kl = self.bench.measure(whole).means()["kl"]
                 readings.append(Reading(sums["keys"], sums["values"], kl, sums["tokens"]))

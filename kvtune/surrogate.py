@@ -42,10 +42,10 @@ class Rung:
     time: float = 0.0
     parts: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a triple's price, in the order below
 
-    def grown(self, growth: Growth) -> Rung:
-        """With parts rescaled, so that prices still add up."""
+    def grown(self, growth: Growth, slope: float) -> Rung:
+        """With parts rescaled so that prices still add up, tokens by a slope of their growth."""
         tokens, keys, values = self.parts
-        return replace(self, price=growth.kl(keys, values, tokens))
+        return replace(self, price=growth.kl(keys, values) + slope * tokens)
 
 
 PARTS = ("tokens", "keys", "values")
@@ -88,11 +88,18 @@ class Surrogate:
         """The same with sums that grow as measured."""
         if not self.joint:
             return Surrogate(self.rungs, growth)
-        grown = {place: [rung.grown(growth) for rung in own] for place, own in self.rungs.items()}
-        return Surrogate(
-            {p: tuple(sorted(own, key=lambda r: (r.bytes, r.price))) for p, own in grown.items()},
-            growth,
-        )
+        slopes = growth.slopes(self.most_tokens)
+        return Surrogate(self.sloped(slopes[len(slopes) // 2], growth), growth)
+
+    @property
+    def most_tokens(self) -> float:
+        """What tokens are priced at where every layer drops the most."""
+        return sum(max(rung.parts[0] for rung in own) for own in self.rungs.values())
+
+    def sloped(self, slope: float, growth: Growth) -> dict[Place, tuple[Rung, ...]]:
+        """All rungs of whole layers where tokens cost a slope of their prices."""
+        grown = {p: [rung.grown(growth, slope) for rung in own] for p, own in self.rungs.items()}
+        return {p: tuple(sorted(own, key=lambda r: (r.bytes, r.price))) for p, own in grown.items()}
 
     def rung(self, place: Place, chain: Setting) -> Rung:
         """The rung of a setting."""

@@ -38,7 +38,7 @@ FLOORS = (
     "units",
     "cache",
     "answers bank kvsharer lm_eval saving scores surrogate bench.decode",
-    "budgets clusters joint measure moments study",
+    "budgets clusters joint measure moments study views",
     "distortion layout prices prove",
     "packing.container packing.layout packing.span packing.weighing",
     "packing.codec packing.coding packing.kvtc",
