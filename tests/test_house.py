@@ -52,7 +52,7 @@ FLOORS = (
     "bench.cskv bench.lowrank",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.rank report.spectra",
-    "report.figures report.sentences",
+    "report.axes report.figures report.sentences",
     "report.scatter report.terminal",
     "report.sections",
     "report.attention report.evidence",
