@@ -20,13 +20,11 @@ TINY = 1e-12  # nats
 
 
 class Reading(NamedTuple):
-    """A probe: the priced sums of keys and of values in nats, and the KL measured; and what the
-    tokens that it drops are priced at."""
+    """A probe: the priced sums of keys and of values in nats, and the KL measured."""
 
     keys: float
     values: float
     measured: float
-    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,18 @@ class Growth:
         return cls(fitted["keys"], fitted["values"], cross, (missed[0], missed[1], worst))
 
     @classmethod
-    def scales(cls, readings: Sequence[Reading]) -> Growth:
+    def scales(cls, readings: Sequence[Reading], tokens: Sequence[tuple[float, float]]) -> Growth:
         """Where layers have one setting of tokens, keys and values: a factor for each of them, so
         that prices still add up.
 
-        Of tokens also a power of at most 1. What a few layers drop costs more than its price,
+        Of tokens, given as priced sums and the KL measured while both sides are dense, also a power
+        of at most 1. What a few layers drop costs more than its price,
         which takes positions as independent, where tokens that are gone are gone for all of them;
         and a search picks the layers whose price says least of that.
         """
         sides = {side: _one_sided(readings, side) for side in SIDES}
-        tokens = [
-            (one.tokens, one.measured)
-            for one in readings
-            if one.tokens > 0 and not one.keys and not one.values and one.measured > TINY
-        ]
         keys, values = (_scale(pairs) for pairs in sides.values())
-        kept = _curve(tokens, FLATTENS)
+        kept = _curve([pair for pair in tokens if min(pair) > TINY], FLATTENS)
         alone = cls((keys, 1.0), (values, 1.0), tokens=kept)
         joint = [one for one in readings if one.keys > 0 and one.values > 0 and one.measured > 0]
         off = [one.measured / float(alone.kl(one.keys, one.values)) - 1 for one in joint]

@@ -200,18 +200,20 @@ class Search:
     def _scaled(self, view: View) -> dict[str, Any]:
         """The same where layers have triples: probes of keys and of values alike in all layers,
         and of tokens as a search of them alone would have it."""
-        readings = []
         probes = [joint.everywhere(view.whole, own) for own in joint.probes(view.whole)]
         for alone in saving_by({"": view}, frozenset({"tokens"})).values():
             solver = Budgets(alone.whole)
             probes += [solver.best(budget) for budget in solver.spread(PROBES)[:-1]]
+        readings, tokens = [], []
         for chosen in probes:
             whole = policies(view.choices, chosen, len(self.known.layers))
             sums = view.whole.sums(chosen)
             with suppress(ResourceError):
                 kl = self.bench.measure(whole).means()["kl"]
-                readings.append(Reading(sums["keys"], sums["values"], kl, sums["tokens"]))
-        return Growth.scales(readings).table()
+                readings.append(Reading(sums["keys"], sums["values"], kl))
+                if not sums["keys"] and not sums["values"]:
+                    tokens.append((sums["tokens"], kl))
+        return Growth.scales(readings, tokens).table()
 
     def _read(self, view: View, chains: dict[Side, Chain]) -> Reading:
         """Measures all layers with the given settings, the other side dense."""

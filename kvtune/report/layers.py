@@ -80,8 +80,12 @@ def of_recipe(recipe: Recipe, count: int, context: int = 0) -> list[Layer]:
     owner = resolve([entry.span for entry in recipe.layers], count)
     kv_heads = recipe.model.kv_heads if recipe.model else 0
     shape = (kv_heads, recipe.model.head_dim) if recipe.model else None
-    made = [(*_entry(entry, kv_heads, shape), _tokens(entry, context)) for entry in recipe.layers]
-    return [Layer(i, *recipe.layers[owner[i]].windows()[0], *made[owner[i]]) for i in range(count)]
+    made = [_entry(entry, kv_heads, shape) for entry in recipe.layers]
+    entries = [recipe.layers[own] for own in owner]
+    return [
+        Layer(i, *entries[i].windows()[0], *made[owner[i]], _tokens(entries[i], context))
+        for i in range(count)
+    ]
 
 
 def _tokens(entry: LayerPolicy, context: int) -> float:
