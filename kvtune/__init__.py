@@ -12,6 +12,8 @@ _HOMES = {
     "Profile": "profile",
     "CompressedCache": "cache",
     "load": "cache",
+    "prefill": "prefill",
+    "Draft": "prefill",
     "Sizes": "bank",
     "calibrate": "calibrate",
     "Bounds": "goal",

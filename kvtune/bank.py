@@ -64,6 +64,8 @@ class Bank:
     logp: Tensor  # [N, M, V], log-probabilities of the dense model on the continuation
     attention: dict[int, Tensor] = field(default_factory=dict)
     logits: dict[int, Scaled] = field(default_factory=dict)
+    # keys [N, H, a, D] of tokens that were looked at behind the context; `queries` end in theirs
+    ahead: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def continuation(self) -> int:
@@ -95,10 +97,15 @@ class Bank:
                 raise _unseen("attention", "did not sum up")
             found = found._replace(attention=self.attention[layer])
         if "queries" in policy.needs:
-            asked, held = min(policy.observed, self.context), self.queries[layer]
+            more = self.ahead[layer].shape[2] if self.ahead else 0
+            asked, held = min(policy.observed, self.context) + more, self.queries[layer]
             if held.shape[2] < asked:
                 raise _unseen(f"the last {asked} queries", f"holds {held.shape[2]} of")
             found = found._replace(queries=held[:, :, held.shape[2] - asked :])
+        if "ahead" in policy.needs:
+            if layer not in self.ahead:
+                raise _unseen("what a draft looks at", "has not read")
+            found = found._replace(ahead=self.ahead[layer])
         return found
 
     def dense_layer(self, layer: int, rows: slice | list[int] = slice(None)) -> Any:

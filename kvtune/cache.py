@@ -27,6 +27,7 @@ from kvtune.policy import Policy
 from kvtune.recipe import Recipe
 from kvtune.rope import Rope
 from kvtune.sharing import units
+from kvtune.shortening import Shortener
 from kvtune.spots import spots
 from kvtune.tensors import Artifact
 from kvtune.units import make_unit
@@ -65,15 +66,20 @@ class CompressedCache(Cache):
             for index, layer in zip(unit, made, strict=True):
                 layers[index] = layer
         super().__init__(layers=layers)
+        self.policies = policies
+        self.shortener: Shortener | None = None  # what cuts a prompt before it is read
         self._made_of = (policies, config, rope, tensors, spots)
 
     def fresh(self) -> CompressedCache:
         """An empty cache of the same recipe and model."""
-        return CompressedCache(*self._made_of)
+        made = CompressedCache(*self._made_of)
+        made.shortener = self.shortener
+        return made
 
     def reset(self) -> None:
         """Forgets everything; older transformers only zero their own layers."""
-        self.layers = self.fresh().layers
+        fresh = self.fresh()
+        self.layers, self.shared = fresh.layers, fresh.shared
 
     @property
     def nbytes(self) -> int:
@@ -109,11 +115,13 @@ def load(
         UsageError: settings that do not fit the model.
         UnsupportedError: the model cannot be compressed.
     """
+    read = recipe if isinstance(recipe, Recipe) else recipes.load(Path(recipe))
     policies, placed = resolved(recipe, model, force, tensors)
     needs_rope = any("rope" in policy.needs for policy in policies)
     turns = ropes(model) if needs_rope else {}
     found = spots(model, policies, turns, placed)
     cache = CompressedCache(policies, model.config, turns, placed, found)
+    cache.shortener = read.shortener
     if not all(policy.is_dense for policy in policies):
         model.set_attn_implementation(NAME)
     return cache
@@ -205,7 +213,7 @@ def weigh(policies: tuple[Policy, ...], known: Facts, context: int, batch: int =
         # of several layers the first is the owner, and the others store nothing
         own = layer_bytes(first, *shape, context, layer.query_heads)
         stored += full[0] if first.is_dense else sum(own)
-        fixed += sum(fitted_bytes(first, *shape))
+        fixed += sum(fitted_bytes(first, *shape, layer.query_heads))
     bits = [policies[i].payload_bits for i in known.compressible()]
     payload = sum(bits) / max(1, len(bits))
     return Weight(stored * batch + fixed, dense * batch, payload)
@@ -254,14 +262,14 @@ def _observed(policy: Policy, x: Tensor, query_heads: int) -> Observed | None:
     return found
 
 
-def fitted_bytes(policy: Policy, kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of the tensors that a layer's keys, and values, are read with, whatever the batch."""
-    found = blanks(0, policy, kv_heads, head_dim)
-    keys, values = (
-        sum(x.nbytes for name, x in found.items() if name.startswith(f"layer.0.{side}."))
-        for side in ("keys", "values")
-    )
-    return keys, values
+def fitted_bytes(
+    policy: Policy, kv_heads: int, head_dim: int, query_heads: int = 0
+) -> tuple[int, int]:
+    """Bytes of the tensors that a layer's keys, and values, are read with, whatever the batch; what
+    a selector reads counts as keys'."""
+    found = blanks(0, policy, kv_heads, head_dim, query_heads)
+    values = sum(x.nbytes for name, x in found.items() if name.startswith("layer.0.values."))
+    return sum(x.nbytes for x in found.values()) - values, values
 
 
 _NO_ROPE = Rope(torch.nn.Identity())  # on tensors without data a turn only passes the shape on

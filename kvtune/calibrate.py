@@ -18,8 +18,10 @@ from kvtune.fit import Fitter
 from kvtune.measure import Bench
 from kvtune.models import facts, fingerprint, label, ropes
 from kvtune.moments import Moments, attention_mass, pulled
+from kvtune.occupancy import occupancy
 from kvtune.profile import Cell, Profile, selected, setting
 from kvtune.recipe import Policy, Recipe
+from kvtune.retrieval import LENGTH, ROW, retrieval_scores
 from kvtune.rope import Rope
 from kvtune.saving import saving
 from kvtune.space import SIDES, Choices, opened
@@ -60,7 +62,10 @@ def calibrate(
     say("dense pass", 0, 1)
     cells = price_cells(windows)
     asked = wanted(policy for _, policy in cells)
-    bank = build(model, tokens, sizes.context, observe=moments.observe, **asked)
+    needs = asked["needs"] | {"attention"}
+    bank = build(
+        model, tokens, sizes.context, asked["window"], observe=moments.observe, needs=needs
+    )
     say("dense pass", 1, 1)
     found = prices.pulls(model, bank, seed)
     known = bank.facts
@@ -71,6 +76,7 @@ def calibrate(
             {i: known.layers[i].kv_heads for i in found},
         ),
         **attention_mass(bank),
+        **occupancy(bank, found),
     }
     layers = list(known.compressible())
     fitter = Fitter(Profile((), _kept(tensors), {"layers": layers}))
@@ -96,6 +102,29 @@ def calibrate(
         "seconds": seconds,
     }
     return Profile(tuple(cell for cell, _ in cells), _kept(tensors), meta)
+
+
+def with_heads(
+    model: Any, tokenizer: Any, documents: list[Document], profile: Profile, say: Say = quiet
+) -> Profile:
+    """The profile with how much each query head looks at what it is asked for: needle runs in its
+    documents, as long as its contexts (`kvtune.retrieval`).
+
+    Raises:
+        MissingInputError: there is no prose.
+    """
+    context = Sizes(*profile.meta["sizes"]).context
+    length = min(max(context, LENGTH), facts(model.config).max_positions)
+    scores, said = retrieval_scores(
+        model,
+        tokenizer,
+        "\n\n".join(document.text for document in documents),
+        length=length,
+        seed=int(profile.meta["seed"]),
+        say=_stage(say, "needle runs"),
+    )
+    tensors = {**profile.tensors, **_kept({ROW: scores})}
+    return Profile(profile.cells, tensors, {**profile.meta, "retrieval": said})
 
 
 def _kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

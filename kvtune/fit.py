@@ -1,21 +1,24 @@
-"""Fit: profile + policies -> the tensors that codecs read (rotations, codebooks, channel sets)."""
+"""Fit: profile + policies -> the tensors that parts read (rotations, codebooks, channel sets)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvtune.allotted import allotted
 from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
+from kvtune.fitted import SELECT
 from kvtune.models import Facts, LayerFacts
 from kvtune.parts import Codec, Seen, Site
 from kvtune.policy import Policy
 from kvtune.profile import Profile
 from kvtune.recipe import RECIPE_FILE, ArtifactRef, ModelBinding, Recipe, load
+from kvtune.retrieval import ROW
 from kvtune.space import SIDES, Side
 from kvtune.tensors import Artifact
 
@@ -36,7 +39,8 @@ class Fitter:
     def layer(self, layer: int, policy: Policy) -> Tensors:
         """The fitted tensors of a layer, named "layer.3.keys.METHOD.NAME"; axis 0 is the kv heads.
 
-        Where kv heads differ, each has its row from its own chain.
+        Where kv heads differ, each has its row from its own chain. Those of a selector are named
+        "layer.3.select.METHOD.NAME".
         """
         groups = policy.heads or (None,)
         found: Tensors = {}
@@ -50,6 +54,10 @@ class Fitter:
             if policy.rest:
                 rest = self.chain(layer, side, policy.rest[SIDES.index(side)])
                 found |= {f"layer.{layer}.{side}.{name}": x for name, x in rest.items()}
+        if policy.select is not None and policy.select.fits:
+            stem = f"layer.{layer}.{SELECT}.{policy.select.name()}"
+            own = policy.select.fit(Rows(self, layer))
+            found |= {f"{stem}.{name}": x for name, x in own.items()}
         return found
 
     def chain(self, layer: int, side: Side, chain: Chain) -> Tensors:
@@ -101,18 +109,18 @@ class Fitter:
     def seen(self, layer: int, side: Side, pre_rope: bool = False) -> Seen:
         """What calibration saw of a side of a layer: of keys as they are cached, or before RoPE."""
         stem = "" if pre_rope or side == "values" or not self._cached else "cached."
-        mean, second = (self._row(layer, f"{stem}{name}.{side}") for name in ("means", "moments"))
+        mean, second = (self.row(layer, f"{stem}{name}.{side}") for name in ("means", "moments"))
         reads = "outputs" if side == "values" else "queries"
-        read = self._row(layer, f"{'' if side == 'values' else stem}moments.{reads}")
+        read = self.row(layer, f"{'' if side == 'values' else stem}moments.{reads}")
         facing = pre_rope and self._cached
         weight = "facing.queries" if facing else f"{stem}moments.queries"
         return Seen(
             mean,
             second - mean[:, :, None] * mean[:, None],
-            self._row(layer, "moments.pulls" if side == "values" else weight),
-            self._row(layer, f"{stem}samples.{side}"),
+            self.row(layer, "moments.pulls" if side == "values" else weight),
+            self.row(layer, f"{stem}samples.{side}"),
             read,
-            self._row(layer, f"{'' if side == 'values' else stem}samples.{reads}"),
+            self.row(layer, f"{'' if side == 'values' else stem}samples.{reads}"),
             side == "keys",
             self._together(layer, side, mean) if pre_rope or side == "values" else None,
         )
@@ -122,20 +130,53 @@ class Fitter:
         if name not in self._profile.tensors:
             return None  # an older profile, or heads too many to hold
         flat = mean.flatten()
-        return self._row(layer, name) - flat[:, None] * flat
+        return self.row(layer, name) - flat[:, None] * flat
+
+    def rows(self, name: str, layers: Sequence[int]) -> Tensor:
+        """As `row`, of some layers in their order."""
+        return torch.stack([self.row(layer, name) for layer in layers])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the profile holds of each layer."""
+        return tuple(name for name in self._profile.tensors if "." in name)
 
     @property
     def _cached(self) -> bool:
         return "cached.moments.keys" in self._profile.tensors
 
-    def _row(self, layer: int, name: str) -> Tensor:
+    def row(self, layer: int, name: str) -> Tensor:
+        """What the profile holds of a layer, in float64.
+
+        Raises:
+            IntegrityError: nothing of that name, or of that layer.
+        """
         layers = self._profile.meta.get("layers")
-        again = "Run: kvtune calibrate MODEL"
+        again = f"Run: kvtune calibrate MODEL{' --heads' if name == ROW else ''}"
         if name not in self._profile.tensors or not isinstance(layers, list):
             raise IntegrityError(f"The profile lacks {name}, which a fit needs.", again)
         if layer not in layers:
             raise IntegrityError(f"The profile knows no layer {layer}.", again)
         return self._profile.tensors[name][layers.index(layer)].double()
+
+
+class Rows(Mapping[str, Tensor]):
+    """What a profile holds of one layer, by name: what a selector's `fit` finds its tensors from.
+
+    A row that is not there is an IntegrityError, which names the run that makes it.
+    """
+
+    def __init__(self, fitter: Fitter, layer: int) -> None:
+        self._fitter, self._layer = fitter, layer
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fitter.row(self._layer, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fitter.names)
+
+    def __len__(self) -> int:
+        return len(self._fitter.names)
 
 
 def _fitted(codec: Codec, seen: Seen) -> Tensors:
@@ -179,7 +220,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
-    """Returns a recipe bound to the profile's model, and the tensors that its codecs read.
+    """Returns a recipe bound to the profile's model, with every shared budget written out, and the
+    tensors that its parts read.
 
     Raises:
         IntegrityError: the profile lacks what a fit needs, or the recipe is of another model.
@@ -202,8 +244,10 @@ def fit(recipe: Recipe, profile: Profile) -> tuple[Recipe, Tensors]:
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
     )
-    policies = recipe.policies(known)
-    return recipe.model_copy(update={"model": bound}), fitted(policies, Fitter(profile))
+    fitter = Fitter(profile)
+    entries = allotted(recipe.layers, known, fitter.rows)
+    recipe = recipe.model_copy(update={"model": bound, "layers": entries})
+    return recipe, fitted(recipe.policies(known), fitter)
 
 
 def known_by(profile: Profile) -> Facts:

@@ -98,10 +98,16 @@ class HeadedLayer(CompressedLayer):
             own = observed and observed_by(observed, heads, self._kv_heads)
             part.fill(picked(keys, heads), picked(values, heads), own)
 
-    def settle_prompt(self, scores: Tensor) -> None:
-        """Lets a prompt that has waited compete, by scores [B, H, T], padding included."""
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of an unpadded context, as they are read next."""
+        order = torch.tensor([head for heads, _ in self.parts for head in heads]).argsort()
+        keys, values = zip(*(part.prompt() for _, part in self.parts), strict=True)
+        return torch.cat(keys, 1)[:, order], torch.cat(values, 1)[:, order]
+
+    def settle_prompt(self, scores: Tensor | None) -> None:
+        """Lets a prompt that has waited compete, by scores [B, H, T] of a replay."""
         for heads, part in self.parts:
-            part.settle_prompt(picked(scores, heads))
+            part.settle_prompt(None if scores is None else picked(scores, heads))
 
     def fork(self) -> HeadedLayer:
         """A copy-on-write twin."""

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
 from kvtune.fused import FusedRows, serves
+from kvtune.in_cache import InCache
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
@@ -165,11 +166,17 @@ class CompressedLayer(CacheLayerMixin):
             else:
                 rows.fill(keys, values)
 
-    def settle_prompt(self, scores: Tensor) -> None:
-        """Lets a prompt that has waited compete, by scores [B, H, T], padding included."""
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of an unpadded context, as they are read next: all exact
+        while it waits."""
+        return self.groups[0].rows.read(self.dtype)
+
+    def settle_prompt(self, scores: Tensor | None) -> None:
+        """Lets a prompt that has waited compete: by scores [B, H, T] of a replay, padding included,
+        where a selector needs one."""
         for members, pads, rows in self.groups:
             assert isinstance(rows, Tiers), "only layers that select tokens wait"
-            rows.decide(scores[members][:, :, pads[0] :])
+            rows.decide(None if scores is None else scores[members][:, :, pads[0] :])
 
     def begin(self, keys: Tensor) -> None:
         """Notes the dtype, device and length of a context [B, H, T, D] that is about to be held."""
@@ -302,7 +309,8 @@ class CompressedLayer(CacheLayerMixin):
             return Rows(self.policy, self._sites)
         layer = self._sites[0](torch.arange(0), torch.float32).layer
         spot = self._shared.spot(layer)
-        tiers = Tiers(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
+        kind = InCache if self.policy.select.in_cache else Tiers
+        tiers = kind(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
         tiers.ahead, tiers.waits = self._shared.ahead, self._shared.waits
         if self._shared.kinds is not None:
             tiers.kinds = self._shared.kinds[members][:, pad:]

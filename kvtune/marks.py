@@ -128,6 +128,33 @@ class Portion(NamedTuple):
         return {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 
 
+class Upto(NamedTuple):
+    """A mark: the setting is a whole number from 0 up to most."""
+
+    most: int
+    choices: tuple[int, ...]  # what "search" opens
+
+    def legal(self) -> tuple[Setting, ...]:
+        """What a search tries, in order."""
+        return self.choices
+
+    def validate(self, value: int) -> int:
+        """Returns the value, or raises ValueError."""
+        if not 0 <= value <= self.most:
+            raise ValueError(f"{value} is not from 0 up to {self.most}")
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "integer", "minimum": 0, "maximum": self.most}
+
+
 MOST_OPENED = 16  # values that one list may open
 
 
@@ -181,7 +208,7 @@ def legal_values(cls: Any, name: str) -> tuple[Setting, ...]:
     if field is None:
         raise ValueError(f"{cls.name()} has no {name!r}. {suggest(name, tuple(cls.model_fields))}")
     for mark in field.metadata:
-        if isinstance(mark, OneOf | Between | Share | Portion):
+        if isinstance(mark, OneOf | Between | Share | Portion | Upto):
             return mark.legal()
     if get_origin(field.annotation) is Literal:
         return get_args(field.annotation)

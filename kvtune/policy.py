@@ -133,9 +133,9 @@ class Policy(Record):
     @property
     def needs(self) -> frozenset[str]:
         """What the parts need of the layer and its sites."""
-        own = [group.select for group in self.heads]
-        parts = [part for part in (self.select, self.merge, self.share, *own) if part]
-        return frozenset[str]().union(*(part.needs for part in (*parts, *self.chains)))
+        own = [self.select, self.merge, *(group.select for group in self.heads)]
+        needs = [part.needs for part in (self.share, *self.chains) if part]
+        return frozenset[str]().union(*needs, *(part.wants for part in own if part))
 
     @property
     def observed(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class Pull:
     gradient: Tensor  # of log p(y), y sampled from the dense model at every position
     scale: float | None
     softcap: float | None
+
+    def of(self, count: int) -> Pull:
+        """The same of the first sequences."""
+        tensors = {
+            name: getattr(self, name)[:count]
+            for name in ("query", "keys", "values", "out", "gradient")
+        }
+        return replace(self, **tensors)
 
 
 class Probe(DynamicLayer):
@@ -118,9 +126,14 @@ def price(bench: Bench, layer: int, policy: Policy, pull: Pull) -> Tensor:
     priced alike.
     """
     filled = bench.filled(layer, policy)
-    change = _answers(filled, pull) - pull.out
-    effect = (change * pull.gradient).sum(-1)  # [N, Hq, M]
-    heads = effect.unflatten(1, (bench.bank.keys[layer].shape[1], -1)).sum(2)  # [N, H, M]
+    return cost(pull, _answers(filled, pull))
+
+
+def cost(pull: Pull, answers: Tensor) -> Tensor:
+    """Returns the KL in nats [H + 1] of a layer that answers [N, Hq, M, D] otherwise than it did:
+    of the whole layer, then of each kv head alone."""
+    effect = ((answers - pull.out) * pull.gradient).sum(-1)  # [N, Hq, M]
+    heads = effect.unflatten(1, (pull.keys.shape[1], -1)).sum(2)  # [N, H, M]
     whole = heads.sum(1, keepdim=True)
     return torch.cat([whole, heads], 1).double().square().mean((0, 2)) / 2
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from kvtune import parts
+from kvtune.allotted import allotted
 from kvtune.entries import HeadEntry, Record, as_tuple
 from kvtune.errors import IntegrityError, MissingInputError, UsageError, suggest
 from kvtune.files import sha256_bytes, write_atomic
@@ -24,6 +25,7 @@ from kvtune.policy import to_entry as to_entry
 from kvtune.policy import to_policy
 from kvtune.retention import Allocator, Merger, Selector
 from kvtune.sharing import settled
+from kvtune.shortening import Shortener
 from kvtune.spans import resolve
 
 FORMAT = 1
@@ -88,6 +90,18 @@ def _open_share() -> dict[str, Any]:
     }
 
 
+def _shortening(value: Any) -> Any:
+    if value is None:
+        return value
+    if not isinstance(value, dict):
+        raise ValueError('expected a part such as { use = "specpc" }')
+    if parts.is_open(value):
+        raise ValueError(f"{value.get('use')} is not searched here: write its settings")
+    if not isinstance(found := parts.parse(value), Shortener):
+        raise ValueError(f"{found.name()} is a {found.kind}; prefill takes a {Shortener.kind}")
+    return value
+
+
 class ModelBinding(Record):
     """The model that a recipe was tuned for. The name is only a label; the fingerprint decides."""
 
@@ -115,6 +129,9 @@ class Recipe(Record):
     description: str = ""
     model: ModelBinding | None = None
     artifact: ArtifactRef | None = None
+    prefill: Annotated[
+        dict[str, Any] | None, BeforeValidator(_shortening), WithJsonSchema({"type": "object"})
+    ] = None  # what of a prompt is read at all
     layers: Annotated[tuple[LayerPolicy, ...], BeforeValidator(as_tuple)] = ()
     measured: dict[str, Any] = Field(default_factory=dict)  # evidence, never configuration
 
@@ -122,12 +139,19 @@ class Recipe(Record):
         """True for a template: some setting still says "search"."""
         return any(policy.is_open() for policy in self.layers)
 
+    @property
+    def shortener(self) -> Shortener | None:
+        """What cuts a prompt before it is read; None where it is read whole."""
+        found = parts.parse(self.prefill) if self.prefill else None
+        assert found is None or isinstance(found, Shortener), "the recipe was checked"
+        return found
+
     def policies(self, known: Facts) -> tuple[Policy, ...]:
         """Returns one policy per layer; layers that are not compressible get an empty one.
 
         Raises:
-            UsageError: a template, layers not covered exactly once, or settings that do not fit the
-            model.
+            UsageError: a template, layers not covered exactly once, settings that do not fit the
+            model, or budgets that a fit is to share out.
         """
         if self.is_open():
             raise UsageError(
@@ -136,11 +160,12 @@ class Recipe(Record):
             )
         if not self.layers:
             return (Policy(),) * len(known.layers)
-        owner = resolve([policy.span for policy in self.layers], len(known.layers))
+        entries = allotted(self.layers, known)
+        owner = resolve([policy.span for policy in entries], len(known.layers))
         made = [Policy()] * len(known.layers)
         for i in known.compressible():
             shape = known.layers[i].kv_heads, known.layers[i].head_dim
-            made[i] = to_policy(self.layers[owner[i]], shape[0], f"layer {i}")
+            made[i] = to_policy(entries[owner[i]], shape[0], f"layer {i}")
             if made[i].share is None:
                 made[i].check(*shape, i)
                 made[i] = made[i].of_shape(*shape)
@@ -213,6 +238,8 @@ def schema() -> dict[str, Any]:
         definitions[name] = _kinds_schema(*kinds)
         properties[key] = {"$ref": f"#/$defs/{name}"}
     properties["select"] = {"anyOf": [properties["select"], _open_share()]}
+    definitions["Shorteners"] = _kinds_schema(Shortener)
+    document["properties"]["prefill"] = {"$ref": "#/$defs/Shorteners"}
     definitions["HeadEntry"]["properties"]["select"] = {"$ref": "#/$defs/Selects"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 

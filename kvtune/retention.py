@@ -43,7 +43,7 @@ class Selector(Part):
     # of {"attention", "queries", "positions", "output", "rope", "replay", "ahead", "kinds"}
     needs: ClassVar[frozenset[str]] = frozenset()
     fits: ClassVar[bool] = False  # it reads tensors that `fit` finds
-    in_cache: ClassVar[bool] = False  # keys are turned by their place in the cache, not the text's
+    by_place: ClassVar[bool] = False  # it has a `choose` of its own, which may keep fewer tokens
 
     @model_validator(mode="after")
     def _share_or_budget(self) -> Self:
@@ -66,6 +66,17 @@ class Selector(Part):
     def observed(self) -> int:
         """How many of the last queries it looks at, where it needs "queries"."""
         return 0
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether keys are turned by their place in the cache, and not by that in the text, which
+        may be as long as you like then (StreamingLLM, arXiv:2309.17453)."""
+        return False
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the layer must give: what the part `needs`, and what the layer turns keys with."""
+        return self.needs | ({"rope"} if self.in_cache else frozenset())
 
     def blanks(self, query_heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
         """The tensors that `fit` finds, without data; they stand in the spot as "METHOD.NAME"."""
@@ -100,7 +111,12 @@ class Merger(Part):
     """Folds the tokens that lost into those that won."""
 
     kind = "merger"
-    needs: ClassVar[frozenset[str]] = frozenset()  # of {"rope", "positions"}
+    needs: ClassVar[frozenset[str]] = frozenset()  # of {"rope", "positions"}: with any settings
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What of its `needs` it needs with these settings."""
+        return self.needs
 
     @abstractmethod
     def merge(self, won: View, lost: View) -> Merged:

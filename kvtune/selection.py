@@ -22,6 +22,7 @@ def check(
     """Raises UsageError where a selector, sinks and recent tokens, chains and a merger do not go
     together; `where` is for errors."""
     _check_budget(select, window, kept, where)
+    _check_places(select, (*kept, *(rest or ())), merge, where)
     if not select.alike and (joint := [c for c in (*kept, *(rest or ())) if not c.apart]):
         raise UsageError(
             f"{where}: {joint[0]} stores heads together, but {select.name()} lets each head keep "
@@ -60,4 +61,23 @@ def _check_budget(select: Selector, window: tuple[int, int], kept: Chains, where
         raise UsageError(
             f"{where}: a budget of {select.budget} tokens leaves no room beside {what}{also}.",
             f"Give a budget of at least {least}, or a smaller window.",
+        )
+
+
+def _check_places(
+    select: Selector, chains: tuple[Chain, ...], merge: Merger | None, where: str
+) -> None:
+    turning = [str(chain) for chain in chains if "rope" in chain.needs]
+    turning += [str(merge)] if merge is not None and "rope" in merge.wants else []
+    if select.in_cache and turning:
+        raise UsageError(
+            f"{where}: {turning[0]} turns keys by their positions in the text, which "
+            f"{select.name()} has turned back already.",
+            f"Leave it out: under {select.name()} keys are stored before the rotary embedding.",
+        )
+    if select.by_place and (odd := [chain for chain in chains if chain.block > 1]):
+        raise UsageError(
+            f"{where}: {odd[0]} encodes {odd[0].block} tokens together, and {select.name()} "
+            "chooses one by one which stay.",
+            'Give codecs that see each token alone, such as affine with group = "head".',
         )

@@ -20,6 +20,7 @@ from kvtune.calibrate import (
     priced_further,
     quiet,
     spearman,
+    with_heads,
 )
 from kvtune.commons import sole
 from kvtune.errors import IntegrityError, UsageError
@@ -31,6 +32,7 @@ from kvtune.profile import Profile
 from kvtune.publish import Publisher, Say, Settings, Texts
 from kvtune.recipe import Recipe, digest
 from kvtune.recipe import load as load_recipe
+from kvtune.retrieval import ROW
 from kvtune.saving import saving
 from kvtune.search import STUDY, Limits, Search
 from kvtune.shipped import find
@@ -123,9 +125,18 @@ class Tuner:
         self.windows, self.untimed = timed(self.windows, speed)
         return speed
 
-    def profile(self, exact: bool = False) -> Profile:
-        """The folder's profile when it is of this model, text, sizes and template; else another."""
+    def profile(self, exact: bool = False, heads: bool = False) -> Profile:
+        """The folder's profile when it is of this model, text, sizes and template; else another;
+        with `heads`, the retrieval scores of query heads as well."""
         path = self.folder / runs.PROFILE
+        made = self._profile(path, exact)
+        if heads and ROW not in made.tensors:
+            documents = self.texts["calibrate"]
+            made = with_heads(self.model, self.tokenizer, documents, made, self.say)
+            made.save(path)
+        return made
+
+    def _profile(self, path: Path, exact: bool) -> Profile:
         if path.is_file():
             held = Profile.load(path)
             if self._fits(held) and (not exact or "exact" in held.tensors):

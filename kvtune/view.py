@@ -54,6 +54,7 @@ class View(NamedTuple):
     kinds: Tensor | None = None  # bool [B, H, T]: true of tokens that go before all others
     spot: Spot = Spot()
     memory: Any = None  # what the part returned of an earlier choice
+    ahead: int = 0  # of the last tokens: they are only looked at, and stand in `queries` and `last`
 
 
 class Observed(NamedTuple):

@@ -14,12 +14,12 @@ BATCH, HEADS, DIM = 2, 2, 16
 class Turning(nn.Module):
     """Rotary tables of so many channels."""
 
-    def __init__(self, width: int = DIM) -> None:
+    def __init__(self, width: int = DIM, theta: float = 1e4) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.theta = width, theta
 
     def forward(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        speed = 1e4 ** (-torch.arange(0, self.width, 2) / self.width)
+        speed = self.theta ** (-torch.arange(0, self.width, 2) / self.width)
         angles = positions[..., None] * speed
         both = torch.cat([angles, angles], -1)
         return both.cos().to(like), both.sin().to(like)

@@ -21,7 +21,7 @@ EXACT = tl.constexpr(16)  # exact tokens that are read at once
 
 
 @triton.jit
-def _exact(
+def exact_tokens(
     q_row, used, position, due, EK, EV, known, start, part, parts, ring, shift, scale, bias, top,
     total, acc, D: tl.constexpr, D2: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
     BIASED: tl.constexpr, ASM: tl.constexpr,
@@ -72,56 +72,22 @@ def _asked(q_row, used, PLANES, lane, i: tl.constexpr, CHANNELS: tl.constexpr, W
     return tl.load(q_row[None, :] + channel[:, None], mask=ok, other=0.0).to(tl.float16)
 
 
-@triton.jit(
-    do_not_specialize=["ring", "shift", "batch", "heads", "share", "count", "splits", "exact"]
-)
-def attend_split(
-    Q, KC, KM, VC, VM, EK, EV, PLANES, BIAS, STATE, LANES, OUT, LSE, scale,
-    q_b, q_h, q_m, kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ek_b, ek_h, ev_b, ev_h,
-    ring, shift, batch, heads, share, count, splits, exact,
+@triton.jit
+def packed_tokens(
+    q_row, used, due, KC, KM, VC, VM, PLANES, LANES, begin, end, scale, bias,
     N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
     CHANNELS: tl.constexpr, K_SYMMETRIC: tl.constexpr,
     V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
-    V_SYMMETRIC: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
-    CAP: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    V_SYMMETRIC: tl.constexpr, CAP: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of one kv head over one stretch of pages and some exact tokens.
-
-    STATE [3, B] holds the tokens seen of each row, the paged tokens that all its queries read, and
-    its paged tokens. Column c of a product is query head c // count at query c % count. Parts from
-    `exact` on take the exact tokens: all parts where programs are scarce, else some of their own.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
-    part = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = (bh // heads).to(tl.int64)
-    h = (bh % heads).to(tl.int64)
-    column = tl.program_id(2) * N + tl.arange(0, N)
-    used = column < share * count
-    query = column % count
-    known = tl.load(STATE + b)
-    start = tl.load(STATE + batch + b)
-    paged = tl.load(STATE + 2 * batch + b)
-    position = known - count + query
-    # what a query reads from pages depends on its position alone
-    due = tl.maximum(position - (SINKS + RECENT), 0) // BLOCK * BLOCK
-    due = tl.minimum(tl.maximum(due, start), paged)
-    q_row = Q + b * q_b + (h * share + column // count) * q_h + query * q_m
-    bias = used.to(tl.float32)  # not read unless BIASED
-    if BIASED:
-        at = (b * heads + h) * share * count + column
-        bias = tl.load(BIAS + at, mask=used, other=0.0)
+    """Attention of N columns to the pages `begin` to `end` of one kv head, of which a column sees
+    the tokens below its `due` (MASKED): running maximum, sum of weights [N], and sums [D2, N]."""
     channel = tl.arange(0, D2)
     top = tl.full([N], FAR, tl.float32)
     total = tl.zeros([N], tl.float32)
     acc = tl.zeros([D2, N], tl.float32)
-    KC += b * kc_b + h * kc_h
-    KM += b * km_b + h * km_h
-    VC += b * vc_b + h * vc_h
-    VM += b * vm_b + h * vm_h
     V_LOW: tl.constexpr = 2 if V_BITS == 3 else V_BITS
     K_LOW: tl.constexpr = 2 if K_BITS == 3 else K_BITS
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else D
@@ -135,7 +101,6 @@ def attend_split(
     WIDE: tl.constexpr = HALF if REST > 0 else ALL
     ROWS: tl.constexpr = PAGE * V_LOW // 8  # tokens of a slice of values
     lane = tl.arange(0, WIDE)
-    PLANES += h * C
     q0 = _asked(q_row, used, PLANES, lane, 0, CHANNELS, W)
     q1 = q0
     q2 = q0
@@ -159,10 +124,7 @@ def attend_split(
     k_lanes = tl.load(LANES + lane)
     r_lanes = tl.load(LANES + tl.arange(0, REST if REST > 0 else 16))
     v_lanes = tl.load(LANES + tl.arange(0, ROWS))
-    tiles = paged // PAGE
-    stretch = (tiles + splits - 1) // splits
-    begin = part * stretch
-    for tile in tl.range(begin, tl.minimum(begin + stretch, tiles), num_stages=STAGES):
+    for tile in tl.range(begin, end, num_stages=STAGES):
         s0 = logits(
             KC, KM, tile, 0, q0, q1, q2, q3, k_lanes, r0, r1, r2, r3, r_lanes, due, scale,
             bias, K_BITS, K_GROUP, K_PER_TOKEN, K_SYMMETRIC, C, ROWS, W, WIDE, REST,
@@ -211,14 +173,80 @@ def attend_split(
             mass += p
             acc = tl.dot(v3, p.to(tl.float16), acc)
         total = total * fade + tl.sum(mass, 0)
-    top, total, acc = _exact(
+    return top, total, acc
+
+
+@triton.jit(
+    do_not_specialize=["ring", "shift", "batch", "heads", "share", "count", "splits", "exact"]
+)
+def attend_split(
+    Q, KC, KM, VC, VM, EK, EV, PLANES, BIAS, STATE, LANES, OUT, LSE, scale,
+    q_b, q_h, q_m, kc_b, kc_h, km_b, km_h, vc_b, vc_h, vm_b, vm_h, ek_b, ek_h, ev_b, ev_h,
+    ring, shift, batch, heads, share, count, splits, exact,
+    N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_PER_TOKEN: tl.constexpr,
+    CHANNELS: tl.constexpr, K_SYMMETRIC: tl.constexpr,
+    V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_PER_TOKEN: tl.constexpr,
+    V_SYMMETRIC: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of one kv head over one stretch of pages and some exact tokens.
+
+    STATE [3, B] holds the tokens seen of each row, the paged tokens that all its queries read, and
+    its paged tokens. Column c of a product is query head c // count at query c % count. Parts from
+    `exact` on take the exact tokens: all parts where programs are scarce, else some of their own.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
+    part = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    column = tl.program_id(2) * N + tl.arange(0, N)
+    used = column < share * count
+    query = column % count
+    known = tl.load(STATE + b)
+    start = tl.load(STATE + batch + b)
+    paged = tl.load(STATE + 2 * batch + b)
+    position = known - count + query
+    # what a query reads from pages depends on its position alone
+    due = tl.maximum(position - (SINKS + RECENT), 0) // BLOCK * BLOCK
+    due = tl.minimum(tl.maximum(due, start), paged)
+    q_row = Q + b * q_b + (h * share + column // count) * q_h + query * q_m
+    bias = used.to(tl.float32)  # not read unless BIASED
+    if BIASED:
+        at = (b * heads + h) * share * count + column
+        bias = tl.load(BIAS + at, mask=used, other=0.0)
+    KC += b * kc_b + h * kc_h
+    KM += b * km_b + h * km_h
+    VC += b * vc_b + h * vc_h
+    VM += b * vm_b + h * vm_h
+    PLANES += h * (CHANNELS if CHANNELS > 0 else D)
+    tiles = paged // PAGE
+    stretch = (tiles + splits - 1) // splits
+    begin = part * stretch
+    top, total, acc = packed_tokens(
+        q_row, used, due, KC, KM, VC, VM, PLANES, LANES, begin,
+        tl.minimum(begin + stretch, tiles), scale, bias, N, MASKED, D, D2, K_BITS, K_GROUP,
+        K_PER_TOKEN, CHANNELS, K_SYMMETRIC, V_BITS, V_GROUP, V_PER_TOKEN, V_SYMMETRIC, CAP,
+        BIASED, STAGES, ASM,
+    )  # fmt: skip
+    top, total, acc = exact_tokens(
         q_row, used, position, due, EK + b * ek_b + h * ek_h, EV + b * ev_b + h * ev_h, known,
         start, part - exact, tl.num_programs(0) - exact, ring, shift, scale, bias, top, total,
         acc, D, D2, SINKS, CAP, BIASED, ASM,
     )  # fmt: skip
+    place = (bh.to(tl.int64) * tl.num_programs(0) + part) * (share * count) + column
+    leave(OUT, LSE, place, used, top, total, acc, D, D2)
+
+
+@triton.jit
+def leave(OUT, LSE, place, used, top, total, acc, D: tl.constexpr, D2: tl.constexpr):
+    """Stores what a program found of its columns for `joined`; of no tokens it is nothing."""
+    channel = tl.arange(0, D2)
     some = top > FAR
     total = tl.where(some, total, 1.0)
-    place = (bh.to(tl.int64) * tl.num_programs(0) + part) * (share * count) + column
     tl.store(
         OUT + place[None, :] * D + channel[:, None],
         tl.where(some[None, :], acc / total[None, :], 0.0),
@@ -238,6 +266,31 @@ def _some_parts(
     there = (part < parts)[:, None] & (channel < D)[None, :]
     lse = tl.load(LSE + at, mask=part < parts, other=2 * FAR)
     return lse, tl.load(OUT + at[:, None] * D + channel[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def joined(
+    OUT, LSE, place, parts, step, D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr,
+    FEW: tl.constexpr,
+):  # fmt: skip
+    """The parts from `place` on, `step` apart: log-sum-exp to the base 2 as top + log2(total), and
+    sums [D2] that are still to be divided by the total."""
+    if FEW == PARTS:
+        lse, out = _some_parts(OUT, LSE, place, 0, parts, step, D, D2, FEW)
+        top = tl.max(lse, 0)
+        weight = tl.exp2(lse - top)
+        total = tl.sum(weight, 0)
+        acc = tl.sum(out * weight[:, None], 0)
+    else:
+        part = tl.arange(0, PARTS)
+        lse = tl.load(LSE + place + part * step, mask=part < parts, other=2 * FAR)
+        top = tl.max(lse, 0)
+        total = tl.sum(tl.exp2(lse - top), 0)
+        acc = tl.zeros([D2], tl.float32)
+        for first in tl.range(0, parts, FEW):
+            some, out = _some_parts(OUT, LSE, place, first, parts, step, D, D2, FEW)
+            acc += tl.sum(out * tl.exp2(some - top)[:, None], 0)
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "share", "count", "parts"])
@@ -260,21 +313,7 @@ def merge(
     b = bh // heads
     channel = tl.arange(0, D2)
     place = bh * parts * (share * count) + column
-    if FEW == PARTS:
-        lse, out = _some_parts(OUT, LSE, place, 0, parts, share * count, D, D2, FEW)
-        top = tl.max(lse, 0)
-        weight = tl.exp2(lse - top)
-        total = tl.sum(weight, 0)
-        acc = tl.sum(out * weight[:, None], 0)
-    else:
-        part = tl.arange(0, PARTS)
-        lse = tl.load(LSE + place + part * (share * count), mask=part < parts, other=2 * FAR)
-        top = tl.max(lse, 0)
-        total = tl.sum(tl.exp2(lse - top), 0)
-        acc = tl.zeros([D2], tl.float32)
-        for first in tl.range(0, parts, FEW):
-            some, out = _some_parts(OUT, LSE, place, first, parts, share * count, D, D2, FEW)
-            acc += tl.sum(out * tl.exp2(some - top)[:, None], 0)
+    top, total, acc = joined(OUT, LSE, place, parts, share * count, D, D2, PARTS, FEW)
     h = bh % heads * share + column // count
     where = RESULT + b * r_b + h * r_h + column % count * r_m + channel
     tl.store(where, (acc / total).to(RESULT.dtype.element_ty), mask=channel < D)

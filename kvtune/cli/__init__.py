@@ -23,12 +23,15 @@ def build() -> typer.Typer:
         bench_basis,
         bench_codecs,
         bench_cskv,
+        bench_endless,
         bench_latents,
         bench_lowrank,
         bench_pack,
+        bench_ragged,
         bench_search,
         bench_sharing,
         bench_tiers,
+        bench_tokens,
         calibrate,
         doctor,
         fit,
@@ -76,9 +79,12 @@ def build() -> typer.Typer:
         bench_cskv,
         bench_tiers,
         bench_latents,
+        bench_ragged,
         bench_basis,
         bench_sharing,
         bench_pack,
+        bench_endless,
+        bench_tokens,
     )
     for name, work in {name: work for own in found for name, work in own.VERBS.items()}.items():
         add(benches, work, name, f"bench.{name}")

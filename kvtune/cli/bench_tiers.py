@@ -46,7 +46,7 @@ def tiers(
     from kvtune.recipe import load
     from kvtune.shipped import find
 
-    fitted_to = _profile(profile) if profile else None
+    fitted_to = profile_of(profile) if profile else None
     found = [amounts.share(word) for word in shares.split(",")]
     applied = load(find(recipe))
     loaded, tokenizer = open_model(out, model, where)
@@ -71,7 +71,7 @@ def tiers(
     write(output, out)
 
 
-def _profile(path: Path) -> Any:
+def profile_of(path: Path) -> Any:
     """A profile, or that of a run folder."""
     from kvtune import runs
     from kvtune.profile import Profile

@@ -45,6 +45,10 @@ def calibrate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Check the prices by one forward pass per cell.")
     ] = False,
+    heads: Annotated[
+        bool,
+        typer.Option("--heads", help="Find the query heads that fetch facts, by needle runs."),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Measure what each layer of MODEL is sensitive to.
@@ -62,11 +66,13 @@ def calibrate(
     limits = run.limits_of(folder, Aim())
     tuner = run.open_run(out, job, folder, opened, count, limits, Aim())
     job.save(folder, opened)
-    profile = tuner.profile(exact)
+    profile = tuner.profile(exact, heads)
     out.data |= {"folder": str(folder), "cells": len(profile.cells)}
     _show_layers(out, sensitivity(tuner, profile))
     if exact:
         _show_exact(out, profile)
+    if heads:
+        _show_heads(out, profile)
     out.data |= {"next": f"kvtune search {folder}"}
     out.print(f"{len(profile.cells)} cells are priced in {folder}. Next:\n\n  {out.data['next']}")
 
@@ -111,6 +117,17 @@ def _show_layers(out: Output, rows: list[dict[str, Any]]) -> None:
 
 def _cells(price: float, most: float) -> tuple[str, str]:
     return f"{price:.5f}", "#" * round(BAR * price / most) if most > 0 else ""
+
+
+def _show_heads(out: Output, profile: Profile) -> None:
+    """By how many needle runs heads were found."""
+    said = dict(profile.meta["retrieval"])
+    out.data["retrieval"] = said
+    which = "these count" if said["only_right"] else "too few, so all count"
+    out.print(
+        f"Retrieval heads: {said['right']} of {said['runs']} needle runs of {said['length']:,} "
+        f"tokens are answered right ({which})."
+    )
 
 
 def _show_exact(out: Output, profile: Profile) -> None:

@@ -98,7 +98,7 @@ def fit(
     stem = path.parent.name if path.name == RECIPE_FILE else path.stem
     folder = output or Path(f"{stem}-fitted")
     bound, tensors = fit.fit(read, held)
-    policies = read.policies(fit.known_by(held))
+    policies = bound.policies(fit.known_by(held))
     if training.model:
         tensors |= _trained(out, training, where, seed, folder, policies, held)
     elif untrained := _trainable(policies):

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvtune import parts
 from kvtune.parts import Borrower, Code, Codec, Part, Projection, Sharer, Site
 from kvtune.retention import Allocator, Merger, Selector
+from kvtune.shortening import Shortener
 
 every_method = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_part = pytest.mark.parametrize("part", ALL, ids=str)
@@ -31,7 +32,7 @@ def error(codec: Codec, site: Site, x: Tensor) -> float:
 
 @every_method
 def test_a_method_is_of_a_kind_that_has_laws_here(kind: type[Part]) -> None:
-    known = Codec | Selector | Merger | Allocator | Sharer | Borrower
+    known = Codec | Selector | Merger | Allocator | Sharer | Borrower | Shortener
     assert issubclass(kind, known), f"write the laws of a {kind.kind} into this folder"
 
 
@@ -80,7 +81,8 @@ def test_equal_settings_are_one_key(part: Part) -> None:
 @every_part
 def test_a_part_names_its_settings(part: Part) -> None:
     assert str(part).startswith(f"{part.name()}(")
-    assert all(f"{name}={getattr(part, name)}" in str(part) for name in type(part).model_fields)
+    # a selector leaves out what is as usual, as its table does
+    assert all(f"{name}={x}" in str(part) for name, x in part.table().items() if name != "use")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,6 +33,14 @@ class Turning(nn.Module):
 
 
 ROPE = Rope(Turning())
+# of what a profile knows of a layer: the second half of its query heads fetch facts
+ROWS = {"retrieval.scores": torch.arange(2.0 * HEADS)}
+FITS = {
+    f"{selector.name()}.{name}": x
+    for selector in SELECTORS
+    if selector.fits and selector == type(selector)()
+    for name, x in selector.fit(ROWS).items()
+}
 
 
 def seen(dtype: torch.dtype = torch.float32) -> View:
@@ -53,7 +61,7 @@ def seen(dtype: torch.dtype = torch.float32) -> View:
         torch.arange(2, 42),
         50,
         torch.zeros(2, 1, 40, dtype=torch.bool),
-        Spot(layer=1, layers=4, rope=ROPE, output=output),
+        Spot(layer=1, layers=4, tensors=FITS, rope=ROPE, output=output),
     )
 
 
@@ -111,3 +119,11 @@ def test_heads_that_are_alike_keep_the_same_tokens(selector: Selector) -> None:
 @pytest.mark.parametrize("selector", [s for s in SELECTORS if "attention" in s.needs], ids=str)
 def test_what_gets_most_attention_wins(selector: Selector) -> None:
     assert (selector.score(seen()).argmax(-1) == 7).all()
+
+
+@pytest.mark.parametrize("selector", [s for s in SELECTORS if s.fits], ids=str)
+def test_what_is_fitted_is_what_blanks_foretell(selector: Selector) -> None:
+    found, blanks = selector.fit(ROWS), selector.blanks(2 * HEADS, HEADS, 64)
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
+        name: (x.shape, x.dtype) for name, x in blanks.items()
+    }
