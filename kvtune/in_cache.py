@@ -39,7 +39,8 @@ class InCache(Tiers):
     def fill(self, keys: Tensor, values: Tensor, observed: Observed) -> None:
         """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would leave
         it: keys are turned by their true positions."""
-        super().fill(self._turned_back(keys, 0), values, observed)
+        positions = torch.arange(keys.shape[2], device=keys.device)
+        super().fill(self._rope.unturn(keys, positions), values, observed)
 
     def read(self, dtype: torch.dtype) -> Pair:
         """Keys and values [B, H, n, D] as the next query reads them, keys turned by their places;
@@ -61,16 +62,16 @@ class InCache(Tiers):
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        count, start = query.shape[2], self.seen
+        count = query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
         both = torch.cat([query.to(wide), keys.to(wide)], 1)
-        bare, stored = self._turned_back(both, start).split([query.shape[1], keys.shape[1]], 1)
-        placed = self._rope.turn(bare, range(self.held, self.held + count)).to(query.dtype)
-        return super()._read_on(placed, stored.to(keys.dtype), values, scale, softcap)
-
-    def _turned_back(self, x: Tensor, start: int) -> Tensor:
-        """What x [B, H, n, D] at true positions from `start` was before the rotary embedding."""
-        return self._rope.unturn(x, range(start, start + x.shape[2]))
+        bare = self._rope.unturn(both, range(self.seen, self.seen + count))
+        asked, stored = bare.split([query.shape[1], keys.shape[1]], 1)
+        placed = self._rope.turn(asked, range(self.held, self.held + count)).to(query.dtype)
+        out = super()._read_on(placed, stored.to(keys.dtype), values, scale, softcap)
+        if self._spot.layer == self._spot.layers - 1:
+            self._rope.forget()  # the next step has other places
+        return out
 
     def _needs(self, what: str) -> bool:
         return what != "rope" and super()._needs(what)  # no codec reads true positions here

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 Positions = Tensor | range
-REMEMBERED = 4  # ranges: those of keys that arrive, of keys that are read, and of queries
+REMEMBERED = 8  # ranges: of tokens that arrive, of what is held, of queries; at two paddings
 
 
 @dataclass(frozen=True, eq=False)
 class Rope:
     """Turns keys [B, H, T, D] by their positions, [T] or one for each [B, H or 1, T], and back.
 
-    The tables of the last ranges of positions are remembered: all layers of a model ask for them.
+    The tables of the last ranges of positions are remembered, since all layers of a model ask for
+    the same ones, until the last layer says `forget`.
 
     The angles come from the model's rotary module, so any frequency scaling (Llama-3, YaRN, linear)
     is the model's own. Of a partial rotary width only the first channels turn. Source: RoFormer,
@@ -34,6 +35,10 @@ class Rope:
     def unturn(self, x: Tensor, positions: Positions) -> Tensor:
         """Returns pre-RoPE keys from post-RoPE keys."""
         return self._rotate(x, positions, inverse=True)
+
+    def forget(self) -> None:
+        """Frees what is remembered of ranges."""
+        self._ranges.clear()
 
     def _rotate(self, x: Tensor, positions: Positions, inverse: bool) -> Tensor:
         if x.is_meta:  # only shapes are asked for

@@ -19,7 +19,7 @@ LONGEST = 350
 FLOORS = (
     "beside errors haystack ladders owners halving shares splits subspace",
     "allotting discovery files goal knapsack marks orthogonal placement rope seen spans spectral",
-    "bench.cases bench.clock",
+    "bench.cases bench.clock gains",
     "report.markup report.numbers report.records",
     "lowrank view",
     "bench.basis demo metrics parts runs sampling shipped storage task tensors texts bench.store",

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 # the interpreter is numpy, which speaks of what `tl.where` then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-NEAR = 0.01  # of an answer's norm
+NEAR = 0.015  # of an answer's norm
 
 
 def check(found: Layer, query: Tensor, near: float = NEAR, **more: Any) -> None:
@@ -138,7 +138,7 @@ def test_equal_lengths_are_read_as_packed_pages_are(
 
 
 @pytest.mark.parametrize("room", [1, 5, 4096])
-@pytest.mark.parametrize("sides", ["16 bits", "8 bits per token"])
+@pytest.mark.parametrize("sides", ["16 bits", TWO_PAGES])
 def test_how_heads_are_split_does_not_matter(
     sides: str, room: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,18 +54,19 @@ def test_a_plan_reads_every_token_once(lengths: list[list[int]], room: int) -> N
     counts = torch.tensor(lengths)
     keys, values = (Ragged.empty(f, counts, 16, torch.device("cpu")) for f in FOUR_16)
     plan = Plan.of(keys, values, 1, room)
-    rows = sorted(plan.items.tolist(), key=lambda row: row[6])
-    assert [row[6] for row in rows] == list(range(len(rows)))
+    rows = sorted(plan.items.tolist(), key=lambda row: row[7])
+    assert [row[7] for row in rows] == list(range(len(rows)))
     for head, count in enumerate(counts.flatten().tolist()):
         own = [row for row in rows if row[0] == head]
-        assert [row[4] for row in own] == list(range(len(own)))
-        assert {row[5] for row in own} == {len(own)} and plan.first[head] == own[0][6]
+        assert [row[5] for row in own] == list(range(len(own)))
+        assert {row[6] for row in own} == {len(own)} and plan.first[head] == own[0][7]
         read = 0
-        for row in own:
-            assert read % 128 == 0
-            assert row[1] == keys.offsets.flatten()[head] + read // PAGE
-            assert row[2] == values.offsets.flatten()[head] + read // PAGE
-            read += row[3]
+        for _, key_page, value_page, begin, tokens, *_ in own:
+            base = key_page - int(keys.offsets.flatten()[head])
+            assert base % 2 == 0, "a page that a group of keys begins with"
+            assert value_page - int(values.offsets.flatten()[head]) == base
+            assert read == (base + begin) * PAGE and begin < 2
+            read = base * PAGE + tokens
         assert read == count
     assert plan.first[-1] == len(rows) and plan.most <= 256
 
@@ -77,7 +78,7 @@ def test_work_goes_by_the_total_of_pages_not_by_the_longest_head(spread: int) ->
     counts = (weights / weights.sum() * 64 * 8192).long().view(8, 8)
     sides = (Ragged.empty(None, counts, 16, torch.device("cpu")) for _ in range(2))
     plan = Plan.of(*sides, 1, 1056)
-    pages = (plan.items[:, 3] + PAGE - 1) // PAGE
+    pages = (plan.items[:, 4] + PAGE - 1) // PAGE - plan.items[:, 3]
     assert int(pages[0]) == int(pages.max()), "the longest come first"
     assert int(pages.max()) <= 1.4 * math.ceil(int(pages.sum()) / 1056)
 
