@@ -11,10 +11,11 @@ import torch
 from kvtune_kernels import implementation
 from torch import Tensor
 
-from kvtune.cache import load, sites
+from kvtune.cache import sites
 from kvtune.chains import Chain
 from kvtune.errors import UnsupportedError
 from kvtune.fused_tiers import FusedTiers, serves_tiers
+from kvtune.heads import make_layer
 from kvtune.parts import find
 from kvtune.policy import Policy
 from kvtune.tiers import Tiers
@@ -94,11 +95,13 @@ def same(one: Tiers, other: Tiers) -> None:
         torch.testing.assert_close(x, y, **CLOSE)
 
 
-SIZES = ([150, *[1] * 100], [2, *[1] * 150], [70, 90, 1, 1, 120, 3])
+SIZES = ([150, *[1] * 70], [2, *[1] * 100, 70], [70, 90, 1, 1, 120, 3])
+FEW = ("budget", "summed-packed", "rest-turned", "both-packed")
+few_policies = pytest.mark.parametrize("name", FEW)
 
 
 @every_policy
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=["steps", "from nothing", "chunks"])
 def test_fused_tiers_answer_as_plain_tiers_do(name: str, sizes: list[int]) -> None:
     """Prompts, decoding over several evictions, and chunks; and they keep the same tokens."""
     ours, theirs, fresh = fused(name), plain(name), given(2, sum(sizes))
@@ -116,9 +119,9 @@ def test_capped_logits_are_capped(name: str) -> None:
     same(ours, theirs)
 
 
-@every_policy
+@few_policies
 def test_a_fork_and_its_trunk_leave_each_other_as_they_were(name: str) -> None:
-    start, sizes = given(2, 160), [140, *[1] * 20]
+    start, sizes = given(2, 160), [140, 18, 1, 1]
     trunk, expected = fused(name), plain(name)
     play(trunk, start, sizes)
     play(expected, start, sizes)
@@ -132,17 +135,18 @@ def test_a_fork_and_its_trunk_leave_each_other_as_they_were(name: str) -> None:
     same(trunk, expected)
 
 
-@every_policy
+@few_policies
 def test_selected_rows_go_on_as_themselves(name: str) -> None:
     tiers, order = fused(name), [2, 0, 2]
-    play(tiers, given(3, 160), [140, *[1] * 20])
-    chosen, fresh = tiers.select(torch.tensor(order)), given(3, 100, 5)
+    play(tiers, given(3, 160), [140, 18, 1, 1])
+    chosen, fresh = tiers.select(torch.tensor(order)), given(3, 70, 5)
     own = tuple(x[order] for x in fresh)
-    found, out = play(chosen, own, [1] * 100), play(tiers, fresh, [1] * 100)
+    sizes = [1, 1, 68]
+    found, out = play(chosen, own, sizes), play(tiers, fresh, sizes)
     torch.testing.assert_close(found, out[order], **CLOSE)
 
 
-@every_policy
+@few_policies
 def test_a_crop_takes_back_what_is_exact_and_no_more(name: str) -> None:
     ours, theirs, start = fused(name), plain(name), given(1, 170)
     for tiers in (ours, theirs):
@@ -150,7 +154,8 @@ def test_a_crop_takes_back_what_is_exact_and_no_more(name: str) -> None:
         tiers.crop(min(4, tiers.exact))
     same(ours, theirs)
     fresh = given(1, 80, 9)
-    torch.testing.assert_close(play(ours, fresh, [1] * 80), play(theirs, fresh, [80]), **CLOSE)
+    sizes = [1, 1, 78]
+    torch.testing.assert_close(play(ours, fresh, sizes), play(theirs, fresh, [80]), **CLOSE)
     with pytest.raises(UnsupportedError, match="only the last"):
         ours.crop(ours.exact + 1)
 
@@ -175,7 +180,7 @@ def test_bytes_are_those_that_are_held(name: str) -> None:
     """Which are those of plain tiers, room for a block, a page of each tier, and 1/32."""
     ours, theirs, fresh = fused(name), plain(name), given(1, 240)
     for tiers in (ours, theirs):
-        play(tiers, fresh, [200, *[1] * 40])
+        play(tiers, fresh, [200, 38, 1, 1])
     assert sum(ours.nbytes) == storages(ours)
     policy, token = ours.policy, 2 * HEADS * DIM * 4
     spare = (policy.sinks + policy.recent + policy.block + 4 * 64) * token
@@ -194,3 +199,47 @@ def test_a_decoded_token_is_written_where_it_lies() -> None:
     play(tiers, given(1, 19, 4), [1] * 19)
     assert [x.data_ptr() for x in tiers._buffer] == before[0]
     assert all(p._ragged is x for p, x in zip(tiers.tiers[0], ragged, strict=True))  # type: ignore[attr-defined]
+
+
+SMALL = {"sinks": 2, "recent": 12}
+READ = {
+    "share": Policy(select=SNAP(**BY_SHARE, window=8), **SMALL),
+    "budget": Policy(select=H2O(budget=40, every=16), **SMALL),
+    "packed": Policy(select=NORM(budget=78, every=64), keys=FOUR, values=TWO, **SMALL),
+    "rest": Policy(select=H2O(**BY_SHARE), rest=(TWO, TWO), **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_layer_is_read_by_kernels_as_in_plain_torch(name: str) -> None:
+    """In bfloat16, with a padded row; on a CPU under Triton's interpreter."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, keys, values = (x.to(device, torch.bfloat16) for x in given(2, 113))
+    found, kinds = {}, {"reference": Tiers, "triton": FusedTiers}
+    for choice, kind in kinds.items():
+        with implementation(choice):
+            layer, out, start = make_layer(READ[name], sites(0, None, {})), [], 0
+            for end in (110, 111, 113):
+                tokens = torch.arange(end, device=device)
+                mask = (tokens <= tokens[start:, None]).repeat(2, 1, 1, 1)
+                mask[1, ..., :3] = False
+                layer.update(keys[:, :, start:end], values[:, :, start:end])
+                out.append(layer.attend(query[:, :, start:end], mask, None, None))
+                start = end
+            assert {type(group.rows) for group in layer.groups} == {kind}
+            found[choice] = torch.cat(out[1:], 2).float()
+    error = (found["triton"] - found["reference"]).norm() / found["reference"].norm()
+    assert error <= 0.03
+
+
+def test_what_kernels_do_not_read_is_plain() -> None:
+    keys = given(1, 1)[1].bfloat16()
+    mixed = Policy(select=NORM(share=0.5), keys=FOUR)
+    latent = Policy(select=NORM(share=0.5), keys=Chain((find("svd")(rank=0.25),)))
+    with implementation("triton"):
+        assert serves_tiers(CASES["rest"], keys)
+        assert not serves_tiers(mixed, keys), "one side is packed, the other is not"
+        assert not serves_tiers(latent, keys)
+        assert not serves_tiers(CASES["rest"], keys.float()), "no kernel reads 32 bits"
+    assert not serves_tiers(CASES["rest"], keys) or keys.is_cuda
