@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvtune.cache import CompressedCache
 from kvtune.placement import input_device
+from kvtune.prefill import Draft, asks, read
 from kvtune.task import Item
 
 ROWS, TOKENS = 8, 32_768  # items answered together, and tokens of their contexts, padding included
@@ -57,9 +58,20 @@ class Prepared(NamedTuple):
     new_tokens: tuple[int, ...]
 
 
+class Side(NamedTuple):
+    """Items with a cache that holds their contexts."""
+
+    batch: list[Prepared]
+    cache: Cache
+
+
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, items: Sequence[Item], cache: CompressedCache | None
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    cache: CompressedCache | None,
+    draft: Draft | None = None,
 ) -> Iterator[tuple[int, Pair]]:
     """Answers items; yields each one's place and answers, batch by batch.
 
@@ -67,19 +79,31 @@ def answers(
     prompt would be answered from exact tokens. Here the context alone is the prompt; the question
     and the start of its answer follow as a second forward on the filled cache, then greedy
     `model.generate` goes on. Both sides get the same treatment. Items whose questions take
-    equally many tokens share a batch, their contexts padded on the left.
+    equally many tokens share a batch, their contexts padded on the left; each is alone where the
+    recipe wants more of a context than a forward (see `kvtune.prefill`), which sees no question.
 
     Args:
         cache: of `kvtune.load`, used through `fresh()`; None for the dense model alone.
+        draft: a small model, for a recipe that looks ahead or cuts prompts.
+
+    Raises:
+        UsageError: no draft where one is needed, or one with another tokenizer.
     """
-    for batch in _batches(tokenizer, items):
-        caches = _filled(model, batch, cache)
-        said = [_said(model, tokenizer, batch, filled) for filled in caches]
+    wants = cache is not None and bool(asks(cache))
+    for batch in _batches(tokenizer, items, 1 if wants else ROWS):
+        if cache is not None and wants:
+            sides = [
+                Side(batch, _filled(model, batch, None)[0]),
+                _alone(model, tokenizer, batch, cache, draft),
+            ]
+        else:
+            sides = [Side(batch, filled) for filled in _filled(model, batch, cache)]
+        said = [_said(model, tokenizer, *side) for side in sides]
         for row, one in enumerate(batch):
             yield one.place, Pair(said[0][row], said[-1][row])
 
 
-def _batches(tokenizer: Any, items: Sequence[Item]) -> list[list[Prepared]]:
+def _batches(tokenizer: Any, items: Sequence[Item], most: int) -> list[list[Prepared]]:
     groups: dict[tuple[int, ...], list[Prepared]] = {}
     for place, item in enumerate(items):
         asked = tuple(
@@ -93,7 +117,7 @@ def _batches(tokenizer: Any, items: Sequence[Item]) -> list[list[Prepared]]:
     batches = []
     for _, group in sorted(groups.items()):
         group.sort(key=lambda one: (len(one.context), one.place))  # little padding
-        rows = max(1, min(ROWS, TOKENS // max(1, len(group[-1].context))))
+        rows = max(1, min(most, TOKENS // max(1, len(group[-1].context))))
         batches += [group[start : start + rows] for start in range(0, len(group), rows)]
     return batches
 
@@ -119,6 +143,20 @@ def _filled(model: Any, batch: list[Prepared], cache: CompressedCache | None) ->
     with copied(twin, dense):
         model(ids, past_key_values=twin, **given)
     return [dense, twin]
+
+
+def _alone(
+    model: Any,
+    tokenizer: Any,
+    batch: list[Prepared],
+    cache: CompressedCache,
+    draft: Draft | None,
+) -> Side:
+    """One item, its context read as a recipe asks, which may cut it."""
+    (one,), twin = batch, cache.fresh()
+    tokens = torch.tensor([one.context], device=input_device(model))
+    kept = read(model, twin, tokens, tokenizer=tokenizer, draft=draft)
+    return Side([one._replace(context=kept[0].tolist())], twin)
 
 
 def _said(model: Any, tokenizer: Any, batch: list[Prepared], cache: Cache) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,14 +39,14 @@ class InCache(Tiers):
     def fill(self, keys: Tensor, values: Tensor, observed: Observed) -> None:
         """Takes a context [B, H, T, D] that was computed densely, as a prompt's forward would leave
         it: keys are turned by their true positions."""
-        super().fill(self._turned_back(keys, 0), values, observed)
+        positions = torch.arange(keys.shape[2], device=keys.device)
+        super().fill(self._rope.unturn(keys, positions), values, observed)
 
     def read(self, dtype: torch.dtype) -> Pair:
         """Keys and values [B, H, n, D] as the next query reads them, keys turned by their places;
         the query stands at the place n."""
         keys, values = super().read(dtype)
-        places = torch.arange(keys.shape[2], device=keys.device)
-        return self._rope.turn(keys, places), values
+        return self._rope.turn(keys, range(keys.shape[2])), values
 
     @property
     def held(self) -> int:
@@ -60,17 +62,24 @@ class InCache(Tiers):
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        start = self.seen
+        count = query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
-        places = torch.arange(self.held, self.held + query.shape[2], device=query.device)
-        bare = self._turned_back(query.to(wide), start)
-        placed = self._rope.turn(bare, places).to(query.dtype)
-        return super()._read_on(placed, self._turned_back(keys, start), values, scale, softcap)
-
-    def _turned_back(self, x: Tensor, start: int) -> Tensor:
-        """What x [B, H, n, D] at true positions from `start` was before the rotary embedding."""
-        positions = torch.arange(start, start + x.shape[2], device=x.device)
-        return self._rope.unturn(x, positions)
+        both = torch.cat([query.to(wide), keys.to(wide)], 1)
+        bare = self._rope.unturn(both, range(self.seen, self.seen + count))
+        asked, stored = bare.split([query.shape[1], keys.shape[1]], 1)
+        placed = self._rope.turn(asked, range(self.held, self.held + count)).to(query.dtype)
+        out = super()._read_on(placed, stored.to(keys.dtype), values, scale, softcap)
+        if self._spot.layer == self._spot.layers - 1:
+            self._rope.forget()  # the next step has other places
+        return out
 
     def _needs(self, what: str) -> bool:
         return what != "rope" and super()._needs(what)  # no codec reads true positions here
+
+
+def endless(policies: Sequence[Policy]) -> bool:
+    """Whether a text may be longer than a model's positions: all of these layers hold a set number
+    of tokens, at their places in the cache."""
+    own = [group.select for policy in policies for group in policy.heads]
+    selectors = [*own, *(policy.select for policy in policies)]
+    return all(select and select.budget and select.in_cache for select in selectors)

@@ -8,18 +8,27 @@ from typing import NamedTuple
 import torch
 from kvtune_kernels import attend, implementation
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
 from kvtune.attention import causal
 from kvtune.bank import Bank
 from kvtune.errors import UsageError
+from kvtune.pooling import pooled
 from kvtune.prices import Pull, cost
 from kvtune.splits import gathered, parted
 from kvtune.view import received
 
 STEPS = 256  # of a curve over all tokens
 SEQUENCES = 4  # curves and the order of layers are stable over texts (PrefixKV: one does nearly)
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the tokens that leave the window, which are priced
+SHARES = (
+    0.0,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.7,
+)  # of the tokens that leave the window, which are priced
 FEW = 32  # tokens of the budget whose errors are profiled (CompressKV)
 SINKS, POOL = 4, 5  # tokens
 
@@ -47,8 +56,10 @@ class Crowd(NamedTuple):
 def occupancy(bank: Bank, found: dict[int, Pull]) -> dict[str, Tensor]:
     """What allocators read, layers in ascending order, from a bank that summed attention up.
 
-    `tokens.curves` [L, 257]: the part of a layer's attention that its best tokens got, by their
-    part of all tokens in even steps (PrefixKV, arXiv:2412.03409).
+    `tokens.curves` [L, 257]: the part of a layer's attention that the best of the tokens that
+    compete got, by their part of these in even steps. Attention is that of `tokens.heads`, all
+    heads together (PrefixKV, arXiv:2412.03409, counts all tokens, and then how much goes to sinks,
+    which stay in any case, decides what a layer gets).
     `tokens.variances` [L]: of the attention that a kv head's tokens got, as a part of the largest
     among all heads of the model; the mean of the heads (D2O, arXiv:2406.13035, whose code scales
     the heads of each layer apart, which leaves nothing to compare where a layer has one or two).
@@ -58,6 +69,7 @@ def occupancy(bank: Bank, found: dict[int, Pull]) -> dict[str, Tensor]:
     each head holds 32 tokens; the mean (CompressKV, arXiv:2508.02401, behind the projection).
     `tokens.prices` [L, S, 2]: shares of the tokens that leave the window, and the KL in nats of
     keeping just these (see `prices`).
+    `tokens.prices_by_head` [L, H, S, 2]: the same of each kv head, scaled to add up to the layer's.
 
     Raises:
         UsageError: the bank did not sum attention up.
@@ -70,12 +82,14 @@ def occupancy(bank: Bank, found: dict[int, Pull]) -> dict[str, Tensor]:
         few = pull.of(SEQUENCES)
         got = bank.attention[layer][:SEQUENCES].float()
         crowd = crowd_of(bank, layer, few)
+        prices = priced(crowd, few)
         for name, x in {
-            "curves": curve(got),
+            "curves": curve(crowd.score),
             "variances": got.var(2, unbiased=False).mean(0),
             "heads": levels(crowd.score),
             "errors": error(crowd, few),
-            "prices": priced(crowd, few),
+            "prices": prices[0],
+            "prices_by_head": prices[1:],
         }.items():
             rows.setdefault(f"tokens.{name}", []).append(x.cpu())
     made = {name: torch.stack(own) for name, own in rows.items()}
@@ -93,14 +107,12 @@ def crowd_of(bank: Bank, layer: int, pull: Pull) -> Crowd:
     sinks, window = min(SINKS, context // 4), max(1, min(queries.shape[2], context // 4))
     got = received(queries[:, :, -window:], keys, pull.scale, pull.softcap)
     looks = window * queries.shape[1] // keys.shape[1]
-    score = avg_pool1d(
-        got[:, :, sinks : context - window] / looks, POOL, 1, POOL // 2, count_include_pad=False
-    )
+    score = pooled(got[:, :, sinks : context - window] / looks, POOL, "mean")
     return Crowd(keys, values, score, sinks)
 
 
 def curve(got: Tensor) -> Tensor:
-    """The part of attention [N, H, C], summed over heads, that the best tokens cover: [257]."""
+    """The part of attention [N, H, T], summed over heads, that the best tokens cover: [257]."""
     mass = got.sum(1).double().sort(-1, descending=True).values
     covered = pad((mass / mass.sum(-1, keepdim=True)).cumsum(-1), (1, 0)).clamp(max=1)
     covered[:, -1] = 1
@@ -129,13 +141,15 @@ def error(crowd: Crowd, pull: Pull) -> Tensor:
 
 
 def priced(crowd: Crowd, pull: Pull) -> Tensor:
-    """Shares and the KL in nats of keeping just these, [S, 2]; a layer as a whole."""
+    """Shares and the KL in nats of keeping just these, [1 + H, S, 2]: of a layer as a whole, and of
+    each kv head in proportion to what it costs alone."""
     compete = crowd.score.shape[2]
-    rows = [
-        [share, float(cost(pull, answered(crowd, pull, round(share * compete)))[0])]
-        for share in SHARES
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    costs = [cost(pull, answered(crowd, pull, round(share * compete))).cpu() for share in SHARES]
+    prices = torch.stack(costs, 1)
+    whole, heads = prices[:1], prices[1:]
+    heads = heads * (whole / heads.sum(0, keepdim=True).clamp_min(1e-30))
+    shares = torch.tensor(SHARES, dtype=prices.dtype).expand(len(prices), -1)
+    return torch.stack([shares, torch.cat([whole, heads])], -1)
 
 
 def answered(crowd: Crowd, pull: Pull, count: int) -> Tensor:

@@ -18,6 +18,7 @@ from kvtune.bank import Bank, Sizes, build, text_tokens
 from kvtune.cache import Weight, load, weigh
 from kvtune.measure import Quality, compare
 from kvtune.models import facts
+from kvtune.prefill import Draft, asks, read
 from kvtune.recipe import Recipe
 from kvtune.saving import check_saves
 from kvtune.texts import Document
@@ -27,17 +28,17 @@ RESAMPLES = 2000
 
 class Forced(LogitsProcessor):
     """Notes how far each step's logits are from the dense
-    model's, and lets the held-out text go on."""
+    model's, and lets the held-out text go on behind so many tokens of context."""
 
-    def __init__(self, bank: Bank) -> None:
-        self._bank = bank
+    def __init__(self, bank: Bank, context: int) -> None:
+        self._bank, self._context = bank, context
         self.steps: list[Quality] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Takes the logits [N, V] after input_ids [N, T]; returns
         logits that force the text's next token."""
         step = (
-            input_ids.shape[1] - self._bank.context
+            input_ids.shape[1] - self._context
         )  # the prompt's own logits, at step 0, are dense by definition
         if step > 0:
             at = slice(step - 1, step)
@@ -45,26 +46,30 @@ class Forced(LogitsProcessor):
                 compare(self._bank.logp[:, at], scores[:, None], self._bank.targets[:, at])
             )
         forced = torch.full_like(scores, float("-inf"))
-        return forced.scatter(1, self._bank.tokens[:, input_ids.shape[1], None], 0.0)
+        return forced.scatter(1, self._bank.tokens[:, self._bank.context + step, None], 0.0)
 
 
 @torch.no_grad()
-def by_generation(model: Any, cache: Cache, bank: Bank, steps: int) -> Quality:
+def by_generation(
+    model: Any, cache: Cache, bank: Bank, steps: int, context: Tensor | None = None
+) -> Quality:
     """Runs `model.generate` with the cache: prefills the bank's contexts, then `steps` tokens.
 
     A prompt sees itself exactly under every recipe, so a cache that already holds the contexts
     (`Bench.cache`) saves its forward; generation then goes straight on, one token after the other.
+    Where these were cut to tokens [N, S], give them as `context`.
 
     Returns the quality at each of these positions [N, steps], against the same dense
     log-probabilities as a trial.
     """
     steps = min(steps, bank.continuation)
-    forced = Forced(bank)
+    held = bank.tokens[:, : bank.context] if context is None else context
+    forced = Forced(bank, held.shape[1])
     first = 0 if cache.get_seq_length() == 0 else 1  # generate wants at least one new token
     config = GenerationConfig(
         max_new_tokens=steps + 1 - first, do_sample=False, pad_token_id=0, use_cache=True
     )
-    prompt = bank.tokens[:, : bank.context + first]
+    prompt = torch.cat([held, bank.tokens[:, bank.context : bank.context + first]], 1)
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -175,8 +180,10 @@ def prove(
     bytes_context: int,
     batch: int = 1,
     force: bool = False,
+    draft: Draft | None = None,
 ) -> Proof:
-    """Measures one recipe by generation on documents, `steps` tokens behind each of the contexts.
+    """Measures one recipe by generation on documents, `steps` tokens behind each of the contexts;
+    `draft` is a small model, for a recipe that looks ahead or cuts prompts.
 
     Raises:
         IntegrityError: the recipe is of another model, unless forced.
@@ -192,6 +199,10 @@ def prove(
     check_saves(policies, known, min(sizes.context, bytes_context))
     tokens = text_tokens(documents, tokenizer, sizes._replace(continuation=steps), "proof")
     bank = build(model, tokens, sizes.context)
-    quality = by_generation(model, cache, bank, steps)
+    context = None
+    if asks(cache):
+        tokens = bank.tokens[:, : bank.context]
+        context = read(model, cache, tokens, tokenizer=tokenizer, draft=draft)
+    quality = by_generation(model, cache, bank, steps, context)
     weight = weigh(policies, known, bytes_context, batch)
     return Proof.of(quality, weight, sizes.context, bytes_context, batch)

@@ -86,10 +86,7 @@ def _turning(view: View, keys: Tensor, inverse: bool) -> Tensor:
     rope, positions = view.spot.rope, view.positions
     assert rope is not None and positions is not None, "the layer gives what a part needs"
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    if positions.dim() > 1:  # every head has tokens of its own: one long row of them
-        wide, positions = wide.reshape(1, 1, -1, wide.shape[-1]), positions.reshape(-1)
-    found = rope.unturn(wide, positions) if inverse else rope.turn(wide, positions)
-    return found.reshape(keys.shape)
+    return rope.unturn(wide, positions) if inverse else rope.turn(wide, positions)
 
 
 def _units(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kvtune.answers import Pair, answers
 from kvtune.cache import CompressedCache, load
 from kvtune.errors import UsageError, suggest
 from kvtune.models import facts
+from kvtune.prefill import Draft
 from kvtune.recipe import Recipe
 from kvtune.scores import Scores, TaskScores
 from kvtune.task import Count, Item, Task
@@ -55,6 +56,7 @@ def run(
     length: int | None = None,
     data: str = "",
     force: bool = False,
+    draft: Draft | None = None,
     say: Say | None = None,
 ) -> Scores:
     """Scores a recipe beside the dense model on the same items, greedily; runs agree exactly.
@@ -65,6 +67,7 @@ def run(
         length: tokens of an item, answer included; found where left out: the longest at which the
             dense model clears chance on most tasks.
         data: prose for tasks that hide something in text; Python's own text when empty.
+        draft: a small model, for a recipe that looks ahead or cuts prompts.
         say: takes (stage, done, total).
 
     Raises:
@@ -73,7 +76,7 @@ def run(
     """
     wanted = chosen(names) if isinstance(names, str) else tuple(names)
     cache = load(recipe, model, force)
-    asked = Asking(model, tokenizer, seed, data or _own_prose(), say or _silent)
+    asked = Asking(model, tokenizer, seed, data or _own_prose(), say or _silent, draft)
     positions = facts(model.config).max_positions
     if length is not None and length > positions:
         what = f"--suite-length {length:,} exceeds the model's {positions:,} positions."
@@ -96,8 +99,16 @@ def run(
 class Asking:
     """A model that is asked items of one seed."""
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int, prose: str, say: Say) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        seed: int,
+        prose: str,
+        say: Say,
+        draft: Draft | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._draft = model, tokenizer, draft
         self._seed, self._prose, self._say = seed, prose, say
 
     def working_length(self, wanted: list[Task], longest: int) -> int:
@@ -128,7 +139,7 @@ class Asking:
         pairs: list[Pair | None] = [None] * count
         self._say(stage, 0, count)
         for done, (place, pair) in enumerate(
-            answers(self._model, self._tokenizer, items, cache), 1
+            answers(self._model, self._tokenizer, items, cache, self._draft), 1
         ):
             pairs[place] = pair
             self._say(stage, done, count)

@@ -157,7 +157,8 @@ class Tiers(Held):
 
     @property
     def _remembers(self) -> int:
-        return min(self._select.observed, REMEMBERED)
+        # of a query beyond the window the keys may be gone when a block leaves
+        return min(self._select.observed, REMEMBERED, max(1, self.policy.recent))
 
     def _of_known(self, got: Tensor) -> Tensor:
         """Of what all stored tokens [B, H, n] got, the part of those that compete."""

@@ -20,6 +20,7 @@ from tiny_fits import cloned, fits_of
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from kvtune import parts
 from kvtune import recipe as recipes
 from kvtune.cache import load
 from kvtune.errors import UsageError
@@ -101,13 +102,27 @@ def _shipped() -> dict[str, Path]:
 
 
 SHIPPED = _shipped()
-# presets and tuned recipes are for models of many layers: they have laws of their own; twins of
-# other recipes differ from these in a rank alone
-TWINS = ("cskv-50.toml", "shadowkv-keys.toml")
+# presets and tuned recipes are for models of many layers, and what a fit shares out has budgets by
+# then only: they have laws of their own; twins of other recipes differ from these in a rank, or in
+# how a selector scores, which selectors have laws for
+TWINS = (
+    "cskv-50.toml",
+    "shadowkv-keys.toml",
+    *("critical-kv.toml", "defensive-kv.toml", "expected-attention.toml", "h2o.toml"),
+    *("keydiff.toml", "lagkv.toml", "pyramidkv.toml", "tova.toml"),
+)
+
+
+def _runs(recipe: Recipe) -> bool:
+    """Whether a recipe needs no search and no profile before it is applied."""
+    allots = [parts.parse(entry.allot) for entry in recipe.layers if entry.allot]
+    return not recipe.is_open() and not any(part.reads for part in allots)  # type: ignore
+
+
 RUNNABLE = {
     name: path
     for name, path in SHIPPED.items()
-    if not recipes.load(path).is_open() and not name.startswith(("kvtuner-", "smollm2-", *TWINS))
+    if _runs(recipes.load(path)) and not name.startswith(("kvtuner-", "smollm2-", *TWINS))
 }
 
 

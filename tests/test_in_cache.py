@@ -134,6 +134,18 @@ def test_a_key_is_turned_back_once_and_stays_as_it_is() -> None:
     assert torch.equal(tiers._sinks[0], before)
 
 
+def test_a_range_of_positions_turns_as_its_positions_do_and_few_are_remembered() -> None:
+    rope, x = Rope(Turning()), turn(1, 9)[1]
+    for start in (0, 5, 90_000, 7, 5, 0):
+        own = range(start, start + 9)
+        for way in (rope.turn, rope.unturn):
+            for _ in range(2):
+                assert torch.equal(way(x, own), way(x, torch.tensor(own)))
+    assert 0 < len(rope._ranges) <= 8
+    rope.forget()
+    assert not rope._ranges
+
+
 @every_policy
 def test_tiers_hold_no_more_than_they_store(name: str) -> None:
     tiers, query = empty(POLICIES[name]), turned(turn(1, 333))
@@ -241,6 +253,7 @@ def test_generate_goes_on_beyond_the_positions_of_the_model(
         assert isinstance(group.rows, InCache)
         assert group.rows.held < 40 + 16
     assert long.nbytes <= short.nbytes * 56 / 38
+    assert not any(rope._ranges for rope in long._made_of[2].values()), "the last layer forgets"
     assert bool(torch.isfinite(llama(made[:, -1:], past_key_values=long).logits).all())
 
 

@@ -49,8 +49,8 @@ def test_a_curve_is_the_share_of_attention_of_the_best_tokens(
     assert curves.shape == (len(found), 257)
     assert (curves[:, 0] == 0).all() and (curves[:, -1] == 1).all()
     assert (curves.diff() >= 0).all() and (curves.diff().diff() <= 1e-9).all()
-    mass = bank.attention[1].sum(1)
-    best = mass.sort(-1, descending=True).values[:, : CONTEXT // 4].sum(-1) / mass.sum(-1)
+    mass = seen.crowd_of(bank, 1, found[1]).score.sum(1)
+    best = mass.sort(-1, descending=True).values[:, : mass.shape[1] // 4].sum(-1) / mass.sum(-1)
     assert float(curves[1, 64]) == pytest.approx(float(best.mean()), rel=1e-5)
 
 
@@ -100,6 +100,13 @@ def test_prices_fall_with_the_share_that_is_kept(bank: Bank, found: dict[int, Pu
     # of the whole model, and from a tenth on: a random layer may do without its few best tokens
     total = prices[:, 2:, 1].sum(0)
     assert (total.diff() < 0).all() and (total > 0).all()
+
+
+def test_prices_of_heads_add_up_to_those_of_their_layer(bank: Bank, found: dict[int, Pull]) -> None:
+    made = seen.occupancy(bank, found)
+    whole, heads = made["tokens.prices"], made["tokens.prices_by_head"]
+    assert torch.allclose(heads[..., 1].sum(1), whole[..., 1])
+    assert torch.equal(heads[:, 0, :, 0], whole[..., 0])
 
 
 def test_an_error_is_that_of_32_tokens_a_head(bank: Bank, found: dict[int, Pull]) -> None:

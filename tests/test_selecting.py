@@ -30,7 +30,7 @@ SELECTORS = [
     for name, kind in KINDS.items()
     if issubclass(kind, Selector) and kind.needs <= FED and not kind.fits
 ]
-IN_CACHE = [name for name in SELECTORS if getattr(KINDS[name], "in_cache", False)]
+IN_CACHE = [name for name in SELECTORS if KINDS[name]().in_cache]
 every_selector = pytest.mark.parametrize("name", [n for n in SELECTORS if n not in IN_CACHE])
 PACKED = '[{ use = "affine", bits = 4, group = 32, axis = "channel" }]'
 BODIES = {

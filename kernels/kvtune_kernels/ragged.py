@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtune_kernels.formats import PAGE, Format, Packed
 
-FIELDS = 8  # numbers of a work item, of which the last one only fills its line
+FIELDS = 8  # numbers of a work item
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ class Plan:
     few: the time goes by the total of pages, not by the longest head. Longest stretches come first.
     """
 
-    items: Tensor  # int32 [I, FIELDS]: head, page of keys, of values, tokens, part, parts, place
+    # int32 [I, FIELDS]: head; page of keys and of values that a block begins with; from there, the
+    # first page to read, and the tokens up to the last one; part, parts of the head, and place
+    items: Tensor
     first: Tensor  # int32 [B * H + 1]: the place of each head's first part, and of one past all
     most: int  # parts of one head
     masked: bool  # whether a page is not full
@@ -161,21 +163,22 @@ class Plan:
     def of(cls, keys: Ragged, values: Ragged, blocks: int, room: int) -> Plan:
         """For `blocks` programs for each stretch, of which `room` run at one time."""
         lengths = keys.lengths.flatten()
-        step = math.lcm(keys.block, values.block)  # tokens: a stretch has whole blocks of both
-        tiles = (lengths + step - 1) // step
-        chunk = _chunk(tiles, step // PAGE, blocks, room)
-        parts = ((tiles + chunk - 1) // chunk).clamp_min(1)
+        tiles = (lengths + PAGE - 1) // PAGE
+        parts = _parts(tiles, blocks, room)
         first = torch.cat([parts.new_zeros(1), parts.cumsum(0)])
         head = torch.arange(len(parts)).repeat_interleave(parts)
         part = torch.arange(len(head)) - first[head]
-        # a head's stretches differ by one block at most
+        # a head's stretches differ by one page at most
         begin = part * tiles[head] // parts[head]
         end = (part + 1) * tiles[head] // parts[head]
-        tokens = torch.minimum(end * step, lengths[head]) - begin * step
-        page = begin * (step // PAGE)
-        sides = (side.offsets.flatten()[head] + page for side in (keys, values))
-        rows = [head, *sides, tokens, part, parts[head], torch.arange(len(head)), 0 * head]
-        items = torch.stack(rows, 1)[tokens.argsort(descending=True, stable=True)]
+        # metadata is found from where a block of both sides begins
+        step = math.lcm(keys.block, values.block) // PAGE
+        base = begin // step * step
+        tokens = torch.minimum(end * PAGE, lengths[head]) - base * PAGE
+        sides = (side.offsets.flatten()[head] + base for side in (keys, values))
+        place = torch.arange(len(head))
+        rows = [head, *sides, begin - base, tokens, part, parts[head], place]
+        items = torch.stack(rows, 1)[(end - begin).argsort(descending=True, stable=True)]
         device = keys.codes.device
         return cls(
             items.to(device, torch.int32).contiguous(),
@@ -186,12 +189,13 @@ class Plan:
         )
 
 
-def _chunk(tiles: Tensor, pages: int, blocks: int, room: int) -> int:
-    """How many blocks of `pages` pages a stretch has at most; as `launch.split_count` counts."""
+def _parts(tiles: Tensor, blocks: int, room: int) -> Tensor:
+    """Into how many stretches each head's pages are cut; as `launch.split_count` counts."""
     longest = max(1, int(tiles.max()))
     splits = torch.arange(1, min(longest, 256) + 1)
-    chunks = torch.unique((longest + splits - 1) // splits)
-    programs = ((tiles[:, None] + chunks - 1) // chunks).clamp_min(1).sum(0) * blocks
+    chunks = torch.unique((longest + splits - 1) // splits)  # pages of a stretch, at most
+    parts = ((tiles[:, None] + chunks - 1) // chunks).clamp_min(1)
+    programs = parts.sum(0) * blocks
     waves = (programs + room - 1) // room
-    cost = waves * (chunks * pages + 2) + programs / room / 4 + longest / chunks / 32
-    return int(chunks[cost.argmin()])
+    cost = waves * (chunks + 2) + programs / room / 4 + longest / chunks / 32
+    return parts[:, cost.argmin()]

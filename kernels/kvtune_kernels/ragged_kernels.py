@@ -25,13 +25,14 @@ def _item(ITEMS, heads):
     bh = tl.load(item)
     key_page = tl.load(item + 1).to(tl.int64)
     value_page = tl.load(item + 2).to(tl.int64)
-    tokens = tl.load(item + 3)
-    part = tl.load(item + 4)
-    parts = tl.load(item + 5)
-    slot = tl.load(item + 6).to(tl.int64)
+    begin = tl.load(item + 3)
+    tokens = tl.load(item + 4)
+    part = tl.load(item + 5)
+    parts = tl.load(item + 6)
+    slot = tl.load(item + 7).to(tl.int64)
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    return b, h, key_page, value_page, tokens, part, parts, slot
+    return b, h, key_page, value_page, begin, tokens, part, parts, slot
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def attend_packed_items(
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
-    b, h, key_page, value_page, tokens, part, parts, slot = _item(ITEMS, heads)
+    b, h, key_page, value_page, begin, tokens, part, parts, slot = _item(ITEMS, heads)
     if COUNTED:
         known = tl.load(KNOWN + b)
     q_row, column, used, query = _columns(Q, b, h, q_b, q_h, q_m, share, count, N)
@@ -79,9 +80,9 @@ def attend_packed_items(
     due = column * 0 + tokens  # every query sees all that is kept
     bias = used.to(tl.float32)  # not read
     top, total, acc = packed_tokens(
-        q_row, used, due, KC, KM, VC, VM, PLANES + h * C, LANES, 0, (tokens + PAGE - 1) // PAGE,
-        scale, bias, N, MASKED, D, D2, K_BITS, K_GROUP, K_PER_TOKEN, CHANNELS, K_SYMMETRIC,
-        V_BITS, V_GROUP, V_PER_TOKEN, V_SYMMETRIC, CAP, False, STAGES, ASM,
+        q_row, used, due, KC, KM, VC, VM, PLANES + h * C, LANES, begin,
+        (tokens + PAGE - 1) // PAGE, scale, bias, N, MASKED, D, D2, K_BITS, K_GROUP, K_PER_TOKEN,
+        CHANNELS, K_SYMMETRIC, V_BITS, V_GROUP, V_PER_TOKEN, V_SYMMETRIC, CAP, False, STAGES, ASM,
     )  # fmt: skip
     top, total, acc = exact_tokens(
         q_row, used, known - count + query, column * 0, EK + b * ek_b + h * ek_h,
@@ -102,7 +103,7 @@ def attend_items(
     """The same over pages of 16 bits, [PAGE, D] each."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()  # `merge` may come, and waits
-    b, h, key_page, value_page, tokens, part, parts, slot = _item(ITEMS, heads)
+    b, h, key_page, value_page, begin, tokens, part, parts, slot = _item(ITEMS, heads)
     if COUNTED:
         known = tl.load(KNOWN + b)
     q_row, column, used, query = _columns(Q, b, h, q_b, q_h, q_m, share, count, N)
@@ -120,7 +121,7 @@ def attend_items(
     V += value_page * (PAGE * D)
     line = tl.arange(0, PAGE)
     there = (line >= 0)[:, None] & (channel < D)[None, :]
-    for tile in tl.range(0, (tokens + PAGE - 1) // PAGE, num_stages=STAGES):
+    for tile in tl.range(begin, (tokens + PAGE - 1) // PAGE, num_stages=STAGES):
         place = line[:, None] * D + channel[None, :] + tile * (PAGE * D)
         if D == D2:
             k = tl.load(K + place)

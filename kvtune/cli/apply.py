@@ -17,6 +17,17 @@ ModelOption = Annotated[
 ]
 
 
+Drafter = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        rich_help_panel="Model",
+        help="A small model of the same family, for recipes that look ahead or cut prompts.",
+    ),
+]
+
+
 def apply(
     out: Output,
     recipe: RecipeName,
@@ -30,6 +41,7 @@ def apply(
     text: Text,
     count: Count,
     continuation: Continuation = 48,
+    draft: Drafter = None,
     force: Force = False,
 ) -> None:
     """Generate with RECIPE (--prompt), or prove it on held-out text.
@@ -49,13 +61,14 @@ def apply(
         suite.check()
         path, held = shipped.find(recipe), versus.held()
         opened = open_model(out, model, where)
+        small = None if draft is None else open_model(out, draft, where)
         if prompt.prompt is not None:
-            return generate(out, path, opened, prompt, force)
-        asked = Asked(model, where, text, count, continuation, force)
+            return generate(out, path, opened, prompt, force, small)
+        asked = Asked(model, where, text, count, continuation, force, small)
         found = measured(out, path, opened, asked, held)
         report.lines = sentences(found.proof)
         report.verdicts = judge(out, found, gates, versus, held)
-        fallen = scored(out, path, opened, suite, text, where, force)
+        fallen = scored(out, path, opened, suite, text, where, force, small)
         report.verdicts += fallen
         out.data["gates"] += [vars(verdict) for verdict in fallen]
         demand(report.verdicts)

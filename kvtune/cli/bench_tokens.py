@@ -106,7 +106,7 @@ def _named(words: str, kind: type[Any], fitted: bool) -> list[str]:
     found = []
     for name in parts.names():
         part: Any = parts.find(name)
-        if issubclass(part, kind) and not getattr(part, "in_cache", False):
+        if issubclass(part, kind) and not getattr(part(), "in_cache", False):
             needs = getattr(part, "fits", False) or getattr(part, "reads", None)
             found += [name] if fitted or not needs else []
     return found

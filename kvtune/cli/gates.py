@@ -112,6 +112,7 @@ class Asked:
     count: Count
     steps: int  # tokens generated behind each context
     force: bool
+    draft: tuple[Any, Any] | None = None  # a small model and its tokenizer
 
 
 class Measured(NamedTuple):
@@ -147,6 +148,7 @@ def measured(
     from kvtune import recipe as recipes
     from kvtune.bank import Sizes
     from kvtune.models import facts, fingerprint
+    from kvtune.prefill import Draft
     from kvtune.prove import prove
 
     model, tokenizer = opened
@@ -168,6 +170,7 @@ def measured(
         bytes_context=at,
         batch=asked.count.batch,
         force=asked.force,
+        draft=asked.draft and Draft(*asked.draft),
     )
     out.say("proof by generation", 1, 1)
     if asked.force:

@@ -34,23 +34,37 @@ class Prompt:
     ] = 200
 
 
-def generate(out: Output, path: Path, opened: tuple[Any, Any], prompt: Prompt, force: bool) -> None:
+def generate(
+    out: Output,
+    path: Path,
+    opened: tuple[Any, Any],
+    prompt: Prompt,
+    force: bool,
+    draft: tuple[Any, Any] | None = None,
+) -> None:
     """Prints what the model says with the recipe's cache, and on stderr what the cache took."""
+    import torch
+
     from kvtune import recipe as recipes
     from kvtune.cache import load
+    from kvtune.prefill import Draft, prefill
 
     model, tokenizer = opened
     recipe = recipes.load(path)
-    inputs = _inputs(tokenizer, prompt, model)
+    inputs = _inputs(tokenizer, prompt, model, _most(recipe, model, prompt))
     cache = load(path, model, force)
     if force:
         forced(out, recipe, model)
     out.say("generating", 0, 1)
+    asked = inputs["input_ids"]
+    read = prefill(model, cache, asked, tokenizer=tokenizer, draft=draft and Draft(*draft))
+    if read is not asked:  # it was cut
+        inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
     made = model.generate(
         **inputs, past_key_values=cache, max_new_tokens=prompt.max_new_tokens, do_sample=False
     )
     out.say("generating", 1, 1)
-    new = made[0, inputs["input_ids"].shape[1] :]
+    new = made[0, read.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     # the last token was said, but never read
     weight = _weight(recipe, model, cache, made.shape[1] - 1)
@@ -62,7 +76,20 @@ def generate(out: Output, path: Path, opened: tuple[Any, Any], prompt: Prompt, f
     )
 
 
-def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
+def _most(recipe: Recipe, model: Any, prompt: Prompt) -> int:
+    """How many tokens the prompt may have: with the new ones as many as the model has positions,
+    unless the cache has positions of its own."""
+    from kvtune.in_cache import endless
+    from kvtune.models import facts
+
+    known = facts(model.config)
+    policies = recipe.policies(known)
+    if endless([policies[index] for index in known.compressible()]):
+        return known.max_positions
+    return known.max_positions - prompt.max_new_tokens
+
+
+def _inputs(tokenizer: Any, prompt: Prompt, model: Any, most: int) -> dict[str, Any]:
     from kvtune.models import facts
     from kvtune.placement import input_device
 
@@ -73,13 +100,13 @@ def _inputs(tokenizer: Any, prompt: Prompt, model: Any) -> dict[str, Any]:
         asked = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not prompt.chat)
-    count, most = inputs["input_ids"].shape[1], facts(model.config).max_positions
+    count = inputs["input_ids"].shape[1]
     if not count:
         raise UsageError("The prompt is empty.", 'Give --prompt "TEXT".')
-    if count + prompt.max_new_tokens > most:
+    if count > most:
         what = f"{count:,} tokens of prompt and {prompt.max_new_tokens:,} new ones exceed the "
-        hint = "Give a shorter --prompt or a smaller --max-new-tokens."
-        raise UsageError(f"{what}model's {most:,} positions.", hint)
+        hint = "Give a shorter --prompt or a smaller --max-new-tokens, or apply lacache."
+        raise UsageError(f"{what}model's {facts(model.config).max_positions:,} positions.", hint)
     names = ("input_ids", "attention_mask")
     return {name: inputs[name].to(input_device(model)) for name in names if name in inputs}
 

@@ -91,6 +91,7 @@ def scored(
     text: Text,
     where: Where,
     force: bool,
+    draft: tuple[Any, Any] | None = None,
 ) -> list[Verdict]:
     """Runs the suite, prints and writes its scores; returns the verdict on --max-drop.
 
@@ -99,6 +100,7 @@ def scored(
     """
     if suite.suite is None:
         return []
+    from kvtune.prefill import Draft
     from kvtune.suite import run
     from kvtune.texts import read
 
@@ -112,6 +114,7 @@ def scored(
         length=suite.suite_length,
         data=prose,
         force=force,
+        draft=draft and Draft(*draft),
         say=out.say,
     )
     table = found.table()

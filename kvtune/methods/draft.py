@@ -1,12 +1,12 @@
 """Draft: tokens win that the answer looks at which a small model has drafted (SpecKV)."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
 
 from kvtune.marks import OneOf
+from kvtune.pooling import pooled
 from kvtune.retention import Selector
 from kvtune.view import View, looked
 
@@ -20,7 +20,7 @@ class Draft(Selector):
     """
 
     window: Annotated[int, OneOf((8, 16, 32, 64))] = 32
-    reduce: Annotated[str, OneOf(("max", "mean"))] = "max"
+    reduce: Literal["max", "mean"] = "max"
     kernel: Annotated[int, OneOf((1, 3, 5, 7))] = 7
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "ahead"})
 
@@ -37,7 +37,7 @@ class Draft(Selector):
         for head in range(view.keys.shape[1]):
             rows = looked(_alone(view, head, groups), self.window + view.ahead).flatten(1, 2)
             found.append(rows.amax(1) if self.reduce == "max" else rows.mean(1))
-        return max_pool1d(torch.stack(found, 1), self.kernel, 1, self.kernel // 2)
+        return pooled(torch.stack(found, 1), self.kernel, "max")
 
 
 def _alone(view: View, head: int, groups: int) -> View:

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from kvtune.marks import OneOf
+from kvtune.pooling import pooled
 from kvtune.retention import Selector
 from kvtune.view import View, looked
 
@@ -48,6 +48,6 @@ class RetrievalHeads(Selector):
         """What the heads that count look at, [B, H, T]."""
         rows = looked(view, self.window).sum(2)  # [B, Hq, T]
         share = view.spot.tensors[NAME].to(rows)
+        share = share + (share.sum() == 0)  # of some kv heads alone perhaps none counts: all do
         mean = (rows * (share / share.sum())[:, None]).sum(1, keepdim=True)
-        pooled = avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
-        return pooled.expand(-1, view.keys.shape[1], -1)
+        return pooled(mean, self.kernel, "mean").expand(-1, view.keys.shape[1], -1)

@@ -11,8 +11,8 @@ from method_cases import ALL
 from torch import Tensor
 
 from kvtune import parts
+from kvtune.gains import gained
 from kvtune.knapsack import Knapsack
-from kvtune.methods.priced import gained
 from kvtune.retention import Allocator, Stats
 from kvtune.shares import dealt, exact
 
@@ -33,12 +33,14 @@ def measured(seed: int = 0, layers: int = LAYERS) -> dict[str, Tensor]:
     heads = torch.rand(layers, HEADS, 1, generator=draw, dtype=torch.float64) * 20 + 0.5
     shares = torch.tensor([0.0, 0.1, 0.3, 0.6], dtype=torch.float64)
     prices = (-steep * shares).exp() * torch.rand(layers, 4, generator=draw, dtype=torch.float64)
+    each = torch.rand(layers, HEADS, 4, generator=draw, dtype=torch.float64).sort(2).values.flip(2)
     return {
         "tokens.curves": (1 - (-steep * STEPS).exp()) / (1 - (-steep).exp()),
         "tokens.variances": steep[:, 0] / 30,
         "tokens.errors": steep[:, 0],
         "tokens.heads": (-heads * STEPS).exp() * heads,
         "tokens.prices": torch.stack([shares.expand(layers, -1), prices], -1),
+        "tokens.prices_by_head": torch.stack([shares.expand(layers, HEADS, -1), each], -1),
     }
 
 
@@ -49,13 +51,15 @@ def stats_of(tensors: dict[str, Tensor], least: int = 20, most: int = 512) -> St
 def alike() -> dict[str, Tensor]:
     """Returns tensors of layers, and heads, that are all equal."""
     one = measured(layers=1)
-    one["tokens.heads"] = one["tokens.heads"][:, :1].expand(-1, HEADS, -1)
+    for name in ("tokens.heads", "tokens.prices_by_head"):
+        one[name] = one[name][:, :1].expand(-1, HEADS, *one[name].shape[2:])
     return {name: x.expand(LAYERS, *x.shape[1:]).clone() for name, x in one.items()}
 
 
 def test_allocators_are_found() -> None:
     names = {part.name() for part in ALLOCATORS}
     assert {"uniform", "pyramid", "prefix", "variance", "error_profile", "ada", "priced"} <= names
+    assert "priced_heads" in names
 
 
 @pytest.mark.parametrize("mean", [20, 21, 64, 301, 511, 512])
@@ -97,7 +101,7 @@ def test_an_allocator_reads_no_more_than_it_says(allocator: Allocator) -> None:
     assert torch.equal(found, allocator.allot(stats_of(measured()), 100))
 
 
-@pytest.mark.parametrize("name", ["prefix", "priced", "uniform"])
+@pytest.mark.parametrize("name", ["prefix", "priced", "priced_heads", "uniform"])
 def test_a_larger_budget_takes_no_token_from_any_layer(name: str) -> None:
     for seed in range(4):
         rows = [
@@ -109,25 +113,25 @@ def test_a_larger_budget_takes_no_token_from_any_layer(name: str) -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_prefix_keeps_what_the_ratio_leaves_of_all_tokens(ratio: float) -> None:
     most = 1000
-    found = made(use="prefix").allot(stats_of(measured(), 1, most), round((1 - ratio) * most))
+    found = made(use="prefix").allot(stats_of(measured(), 0, most), round((1 - ratio) * most))
     assert int(found.sum()) == round((1 - ratio) * most * LAYERS)
 
 
 def test_prefix_covers_the_same_share_of_attention_in_every_layer() -> None:
     curves = measured()["tokens.curves"]
-    found = made(use="prefix").allot(stats_of({"tokens.curves": curves}, 1, 256), 60)
+    found = made(use="prefix").allot(stats_of({"tokens.curves": curves}, 0, 256), 60)
     covered = curves.gather(1, found[:, None])
     before = curves.gather(1, found[:, None] - 1)
     assert found.unique().numel() > 1
     assert before.max() < covered.min(), "one threshold parts all layers"
 
 
-def test_a_layer_that_looks_at_one_token_gets_its_least_by_prefix() -> None:
+def test_a_layer_that_looks_at_one_token_gets_it_besides_its_least_by_prefix() -> None:
     curves = measured()["tokens.curves"]
     curves[2, 1:] = 1
-    found = made(use="prefix").allot(stats_of({"tokens.curves": curves}, 1, 256), 60)
-    assert found[2] == 1
-    assert (found.index_select(0, torch.tensor([0, 1, 3, 4, 5])) > 1).all()
+    found = made(use="prefix").allot(stats_of({"tokens.curves": curves}, 20, 276), 80)
+    assert found[2] == 21
+    assert (found.index_select(0, torch.tensor([0, 1, 3, 4, 5])) > 21).all()
 
 
 def test_variance_of_no_eviction_evicts_nothing() -> None:
@@ -202,6 +206,13 @@ def test_no_knapsack_is_cheaper_than_priced(mean: int) -> None:
         best = Knapsack(groups, unit=1).prices[(mean - 5) * LAYERS]
         found = made(use="priced").allot(stats, mean) - 5
         assert float(price.gather(1, found[:, None]).sum()) == pytest.approx(float(best), abs=1e-9)
+
+
+def test_prices_of_heads_are_those_of_layers_of_one_head() -> None:
+    pairs = measured()["tokens.prices_by_head"]
+    heads = made(use="priced_heads").allot(stats_of({"tokens.prices_by_head": pairs}), 100)
+    alone = Stats(LAYERS * HEADS, 1, 20, 512, {"tokens.prices": pairs.flatten(0, 1)})
+    assert heads.flatten().tolist() == made(use="priced").allot(alone, 100).tolist()
 
 
 def interpolated(values: Tensor, knots: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kvtune import parts, routing
+from kvtune import recipe as recipes
+from kvtune.cache import load
 from kvtune.retention import Merged, Merger
 from kvtune.view import Spot, View
 
@@ -299,6 +302,21 @@ def test_merging_keys_is_said_to_be_experimental(merger: Merger, capsys: Any) ->
 
     assert main(["methods", merger.name()]) == 0
     assert "EXPERIMENTAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("amount", ["share = 0.2", "budget = 64"])
+@pytest.mark.parametrize("merger", [m for m in MERGERS if m.wants or m == type(m)()], ids=str)
+def test_a_layer_gives_a_merger_what_it_wants(merger: Merger, amount: str, llama: Any) -> None:
+    table = ", ".join(f"{k} = {json.dumps(v)}" for k, v in merger.table().items())
+    select = f'select = {{ use = "attention", {amount} }}'
+    entry = f'[[layers]]\nspan = "all"\nrecent = 8\n{select}\nmerge = {{ {table} }}'
+    cache = load(recipes.loads(f"kvtune = 1\n{entry}"), llama)
+    tokens = torch.arange(260)[None] % 61
+    for some in tokens.split([100, 1, 1, 158], 1):
+        logits = llama(some, past_key_values=cache).logits
+    assert logits.isfinite().all()
+    assert cache.get_seq_length() == 260
+    assert cache.layers[0].groups[0].rows.moved > 100
 
 
 @one_of_each

@@ -17,7 +17,7 @@ def seen(heads: list[int], query: Tensor | None = None) -> View:
     generator = torch.Generator().manual_seed(3)
     keys = torch.randn(1, 2, 38, 16, generator=generator)
     own = torch.randn(1, 4, 8, 16, generator=generator) if query is None else query
-    chosen = torch.zeros(4, dtype=torch.bool).index_fill(0, torch.tensor(heads), True)
+    chosen = torch.zeros(4, dtype=torch.bool).index_fill(0, torch.tensor(heads).long(), True)
     spot = Spot(tensors={"retrieval_heads.heads": chosen})
     before, window = keys.split([30, 8], 2)
     return View(before, before, queries=own, last=window, seen=38, spot=spot)
@@ -52,6 +52,11 @@ def test_several_heads_count_as_their_mean() -> None:
 def test_the_window_takes_its_part() -> None:
     score = PLAIN.score(seen([0]))
     assert (score.sum(-1) < 8).all(), "eight rows sum to one each, and the window is a part of them"
+
+
+def test_where_no_head_counts_all_do() -> None:
+    """So that a layer whose kv heads follow different policies may leave some without one."""
+    torch.testing.assert_close(PLAIN.score(seen([])), PLAIN.score(seen([0, 1, 2, 3])))
 
 
 def test_so_many_heads_of_the_best_scores_are_chosen() -> None:
