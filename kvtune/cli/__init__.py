@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -93,6 +94,12 @@ def build() -> typer.Typer:
     return app
 
 
+@cache
+def _command() -> Any:
+    """The application as it is called; to make it takes longer than most of its verbs."""
+    return typer.main.get_command(build())
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from kvtune import __version__
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # machine far more (40 times, with one busy neighbour) than threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        code = build()(args=words, prog_name="kvtune", standalone_mode=False)
+        code = _command()(args=words, prog_name="kvtune", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # nobody reads any more; the interpreter must not try to flush once again
