@@ -19,8 +19,8 @@ class Lagkv(Selector):
     z = (x - min) / (max - min) of each channel, with min and max of the next partition; then the
     deviation of z over the channels, a softmax over the partition, and the mean of that of keys
     and of values. The last whole partition has none after it: it and what follows it score above
-    all others, later tokens higher: where less than that is kept, the rest is recency. It looks at
-    no query.
+    all others, later tokens higher; a layer that keeps fewer goes by recency alone. It looks at no
+    query.
     """
 
     lag: Annotated[int, OneOf((64, 128, 256))] = 128

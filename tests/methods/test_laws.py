@@ -81,6 +81,7 @@ def test_equal_settings_are_one_key(part: Part) -> None:
 @every_part
 def test_a_part_names_its_settings(part: Part) -> None:
     assert str(part).startswith(f"{part.name()}(")
+    # a selector leaves out what is as usual, as its table does
     assert all(f"{name}={x}" in str(part) for name, x in part.table().items() if name != "use")
 
 
