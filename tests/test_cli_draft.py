@@ -63,3 +63,13 @@ def test_without_a_draft_it_says_which_option_gives_one(
     assert said.code == UsageError.exit_code
     assert "none is given" in said.told
     assert "Give --draft" in said.told
+
+
+def test_a_cut_is_shown_and_compared(place: Path, kv: cli_tiny.Caller) -> None:
+    cut = "specpc(budget=100, window=64, skip=0, kernel=32)"
+    files = [place / f"{name}.toml" for name in ("specpc", "kvzip")]
+    assert kv.json("recipe", "show", files[0])["data"]["prefill"] == cut
+    assert cut in " ".join(kv("recipe", "show", files[0]).out.split())
+    assert kv.json("recipe", "show", files[1])["data"]["prefill"] is None
+    told = kv.json("recipe", "diff", *files, "--layers", "2")["data"]["prefill"]
+    assert told == {"left": cut, "right": None}

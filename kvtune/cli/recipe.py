@@ -58,9 +58,12 @@ def show(out: Output, recipe: RecipeName, count: Count) -> None:
         "spans": spans,
         "measured": read.measured,
         "shipped": recipe in shipped.names(),
+        "prefill": _prefill(read),
     }
     title = " ".join(filter(None, (f"{read.name or recipe}:", read.description)))
     out.print(title, *([f"Tuned for {read.model.name}."] if read.model else []), _spans(spans))
+    if read.shortener:
+        out.print(f"Prompts are cut before they are read, by a draft model: {read.shortener}.")
     if read.model and not read.is_open():
         at = count.bytes_at or int(read.measured.get("bytes_context", 32768))
         found = spelled.weight(read.model, read, at, count.batch)
@@ -71,6 +74,11 @@ def show(out: Output, recipe: RecipeName, count: Count) -> None:
         )
     if told := [f"{name} {value:g}" for name, value in spelled.numbers(read).items()]:
         out.print(f"Measured: {', '.join(told)}.")
+
+
+def _prefill(read: Recipe) -> str | None:
+    """What cuts a prompt, in words; nothing where it is read whole."""
+    return None if read.shortener is None else str(read.shortener)
 
 
 def check(out: Output, recipe: RecipeName) -> None:
@@ -93,8 +101,13 @@ def diff(out: Output, left: RecipeName, right: RecipeName, layers: Layers = None
     found = spelled.differences(a, b, count)
     numbers = {"left": spelled.numbers(a), "right": spelled.numbers(b)}
     out.data |= {"left": left, "right": right, "layers": found, "measured": numbers}
+    out.data["prefill"] = {"left": _prefill(a), "right": _prefill(b)}
     if not found:
         out.print("The recipes treat every layer alike.")
+    if a.prefill != b.prefill:
+        out.print(
+            f"prefill: {_prefill(a) or 'whole'} in {left}, {_prefill(b) or 'whole'} in {right}."
+        )
     for one in found:
         table = Table(title=f"layers {one['layers']}", box=SIMPLE_HEAD, title_justify="left")
         for column in ("", left, right):
