@@ -159,7 +159,7 @@ class FusedTiers(Tiers):
         assert self._buffer is not None
         keys, values = self._buffer
         first = min(self.policy.sinks, end)
-        if first:
+        if self.policy.sinks:
             self._sinks = keys[:, :, :first], values[:, :, :first]
         self._recent = keys[:, :, first:end], values[:, :, first:end]
 
