@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from kvtune.knapsack import Knapsack, unit_of
-from kvtune.space import SIDES, Side
+from kvtune.space import SIDES
 from kvtune.surrogate import Assignment, Place, Rung, Size, Surrogate, by_bytes, undominated
 
 
@@ -20,15 +20,20 @@ def by_time(rung: Rung) -> int:
 class Budgets:
     """Solves a surrogate for every budget of bytes, or of time.
 
-    Keys and values are two knapsacks. Whatever the growth of their sums into a KL, it rises with
-    either of them, so the best of all ways to split a budget between the two is exact as well.
+    Where tokens are searched, layers are one knapsack over triples. The KL is a sum, but that it
+    grows less than evenly with the prices of tokens: what is best is best under some slope of that
+    growth as well (a corner of the hull of what can be had), so there is a knapsack for each of a
+    few slopes, exact itself, and the least predicted KL of theirs is taken. Else keys and values
+    are two: whatever the growth of their sums into a KL, it rises with either of them, so the best
+    of all ways to split a budget between the two is exact as well.
     """
 
     def __init__(self, surrogate: Surrogate, size: Size = by_bytes) -> None:
         self._surrogate, self._size = surrogate, size
-        self._ladders = {side: self._of(side) for side in SIDES}
+        sides = dict.fromkeys(place.side for place in surrogate.rungs)
+        self._ladders = {side: self._of(side) for side in sides}
 
-    def _of(self, side: Side) -> dict[Place, list[Rung]]:
+    def _of(self, side: str) -> dict[Place, list[Rung]]:
         rungs = self._surrogate.rungs
         return {p: undominated(rungs[p], self._size) for p in rungs if p.side == side}
 
@@ -54,12 +59,14 @@ class Budgets:
         Raises:
             ValueError: nothing is that small.
         """
+        if self._surrogate.joint:
+            return self._of_layers(budget)
         keys, values = self._solvers
         units = budget // keys.unit
         low, high = keys.least, units - values.least
         if high < low:
             if budget < self.range[0]:
-                raise ValueError(f"budget {budget} is below the smallest, {self.range[0]}")
+                raise self._too_small(budget)
             low = high = keys.least  # sizes that were rounded up to the unit fit all the same
         splits = np.arange(low, min(high, len(keys.prices) - 1) + 1)
         rest = np.clip(units - splits, values.least, len(values.prices) - 1)
@@ -71,6 +78,30 @@ class Budgets:
             for side, indices in zip(SIDES, picked, strict=True)
             for (place, ladder), index in zip(self._ladders[side].items(), indices, strict=True)
         }
+
+    def _of_layers(self, budget: int) -> Assignment:
+        """One knapsack over whole layers: prices of triples add up."""
+        if budget < self.range[0]:
+            raise self._too_small(budget)
+        found = []
+        for ladders, solver in self._of_slopes:
+            picked = solver.solve(max(solver.least, budget // solver.unit))
+            pairs = zip(ladders.items(), picked, strict=True)
+            found.append({place: own[i].chain for (place, own), i in pairs})
+        return min(found, key=lambda chosen: self._surrogate.predict(chosen).kl)
+
+    def _too_small(self, budget: int) -> ValueError:
+        return ValueError(f"budget {budget} is below the smallest, {self.range[0]}")
+
+    @cached_property
+    def _of_slopes(self) -> list[tuple[dict[Place, list[Rung]], Knapsack]]:
+        whole, found = self._surrogate, []
+        for slope in whole.growth.slopes(whole.most_tokens):
+            rungs = whole.sloped(slope, whole.growth)
+            ladders = {place: undominated(own, self._size) for place, own in rungs.items()}
+            items = [[(self._size(r), r.price) for r in own] for own in ladders.values()]
+            found.append((ladders, Knapsack(items)))
+        return found
 
     @cached_property
     def _solvers(self) -> tuple[Knapsack, Knapsack]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtune import prices
-from kvtune.bank import Bank, Sizes, build, text_tokens
+from kvtune.bank import Bank, Sizes, build, text_tokens, wanted
 from kvtune.distortion import distortions
 from kvtune.errors import UnsupportedError
 from kvtune.fit import Fitter
@@ -19,7 +19,7 @@ from kvtune.measure import Bench
 from kvtune.models import facts, fingerprint, label, ropes
 from kvtune.moments import Moments, attention_mass, pulled
 from kvtune.occupancy import occupancy
-from kvtune.profile import Cell, Profile, setting
+from kvtune.profile import Cell, Profile, selected, setting
 from kvtune.recipe import Policy, Recipe
 from kvtune.retrieval import LENGTH, ROW, retrieval_scores
 from kvtune.rope import Rope
@@ -60,8 +60,12 @@ def calibrate(
     known_ropes = find_ropes(model)
     moments = Moments(known_ropes)
     say("dense pass", 0, 1)
-    needs = frozenset({"attention"})
-    bank = build(model, tokens, sizes.context, observe=moments.observe, needs=needs)
+    cells = price_cells(windows)
+    asked = wanted(policy for _, policy in cells)
+    needs = asked["needs"] | {"attention"}
+    bank = build(
+        model, tokens, sizes.context, asked["window"], observe=moments.observe, needs=needs
+    )
     say("dense pass", 1, 1)
     found = prices.pulls(model, bank, seed)
     known = bank.facts
@@ -77,7 +81,6 @@ def calibrate(
     layers = list(known.compressible())
     fitter = Fitter(Profile((), _kept(tensors), {"layers": layers}))
     bench = Bench(model, bank, known_ropes, fitter.layer)
-    cells = price_cells(windows)
     began = time.perf_counter()
     priced = prices.table(bench, _places(cells), found, _stage(say, "pricing"))
     seconds = {"price": time.perf_counter() - began}
@@ -138,13 +141,16 @@ def find_ropes(model: Any) -> dict[int, Rope]:
 
 
 def price_cells(windows: dict[str, Choices]) -> list[tuple[Cell, Policy]]:
-    """All cells of the price table: every layer, side and setting, under every window."""
+    """All cells of the price table: every layer, side and setting, under every window, and where
+    tokens are searched under some selections."""
     cells = {
-        Cell(layer, side, setting(chain), own.sinks, own.recent): own.cell(side, chain)
+        Cell(layer, side, setting(chain), own.sinks, own.recent, selected(select)): own.cell(
+            side, chain, select
+        )
         for choices in windows.values()
         for layer, own in choices.items()
         for side in SIDES
-        for chain in own.chains(side)
+        for chain, select in own.cells(side)
     }
     return list(cells.items())
 

@@ -6,14 +6,17 @@ import math
 
 import numpy as np
 
-from kvtune.space import SIDES, Side
+from kvtune.space import SIDES
 from kvtune.surrogate import Place, Surrogate
 
 
-def clusters(surrogate: Surrogate, per_side: int) -> dict[str, tuple[tuple[int, Side], ...]]:
-    """Sides of layers in groups, named `keys 0`, `keys 1`, ... from the least sensitive on."""
-    found: dict[str, tuple[tuple[int, Side], ...]] = {}
-    for side in SIDES:
+def clusters(surrogate: Surrogate, per_side: int) -> dict[str, tuple[tuple[int, str], ...]]:
+    """Sides of layers in groups, named `keys 0`, `keys 1`, ... from the least sensitive on; where
+    whole layers have one setting, as many groups of these as of both sides."""
+    found: dict[str, tuple[tuple[int, str], ...]] = {}
+    if surrogate.joint:
+        per_side *= len(SIDES)
+    for side in dict.fromkeys(place.side for place in surrogate.rungs):
         own = [place for place in surrogate.rungs if place.side == side]
         groups = _grouped(own, surrogate, per_side)
         groups.sort(key=lambda group: float(np.mean([_cheapest(surrogate, p) for p in group])))

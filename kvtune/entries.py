@@ -19,7 +19,7 @@ from pydantic import (
 from kvtune import parts
 from kvtune.chains import Chain
 from kvtune.errors import UsageError
-from kvtune.marks import Tokens
+from kvtune.marks import MOST_OPENED, Tokens
 from kvtune.parts import SEARCH, Borrower, Codec, Sharer
 from kvtune.retention import Allocator, Merger, Selector
 from kvtune.spans import check
@@ -27,6 +27,7 @@ from kvtune.spans import check
 # what "search" opens; fewer exact tokens than these are hardly cheaper
 SINKS = Tokens(1024, (0, 4, 16))
 RECENT = Tokens(65536, (32, 64, 128, 256))
+SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # of a selector; few, since a price is for each
 DROP = "drop"  # what becomes of the rest where nothing is said
 
 
@@ -61,9 +62,30 @@ def _alternatives(table: Mapping[str, Any]) -> None:
 
 
 def _selection(value: Any) -> Any:
+    if isinstance(value, Mapping) and selects_openly(value):
+        for one in _of_shares(value):
+            _selection(one)
+        return dict(value)
     if value is not None and not isinstance(_part(value), Selector):
         raise ValueError(f"{value['use']} is a {_part(value).kind}; select takes a selector")
     return value
+
+
+def selects_openly(table: Mapping[str, Any]) -> bool:
+    """True when the share of a selector is left to a search: "search", or a list of shares."""
+    share = table.get("share")
+    return share == SEARCH or isinstance(share, list | tuple)
+
+
+def _of_shares(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tables of a selector that an open one stands for; ValueError for a list of none, or of
+    one share twice."""
+    shares = SHARES if table["share"] == SEARCH else tuple(table["share"])
+    if not 0 < len(shares) <= MOST_OPENED or len(set(map(str, shares))) < len(shares):
+        raise ValueError(f"share opens 1 to {MOST_OPENED} parts, each once, not {list(shares)}")
+    if all(share == 1 for share in shares):
+        raise ValueError("share opens nothing below 1")
+    return [{**table, "share": share} for share in shares]
 
 
 def _sharing(value: Any) -> Any:
@@ -194,7 +216,16 @@ class LayerPolicy(Record):
     def is_open(self) -> bool:
         """True when a setting, a window, a codec or the choice of heads is left to a search."""
         windowed = not isinstance(self.sinks, int) or not isinstance(self.recent, int)
-        return windowed or self.per_head or self.kept.is_open()
+        return windowed or self.per_head or self.kept.is_open() or bool(self.selectors())
+
+    def selectors(self) -> tuple[Selector, ...]:
+        """What a search may select tokens by, the largest share first; none where that is closed.
+        A share of 1 stands for no selector, and is always among what a search tries."""
+        if self.select is None or not selects_openly(self.select):
+            return ()
+        found = [parts.parse(table) for table in _of_shares(self.select)]
+        own = [one for one in found if isinstance(one, Selector) and one.share < 1]
+        return tuple(sorted(own, key=lambda one: -one.share))
 
     @property
     def per_head(self) -> bool:
@@ -208,7 +239,8 @@ class LayerPolicy(Record):
     @model_validator(mode="after")
     def _heads_are_closed(self) -> Self:
         named = () if isinstance(self.heads, str) else self.heads
-        if any(entry.kept.is_open() for entry in named) or (named and self.is_open()):
+        opened = any(own.select and selects_openly(own.select) for own in named)
+        if opened or any(own.kept.is_open() for own in named) or (named and self.is_open()):
             raise ValueError(
                 'a layer that lists heads opens nothing: write heads = "search", or close it'
             )
@@ -243,8 +275,18 @@ class LayerPolicy(Record):
             return self
         if self.allot and named:
             raise ValueError("a layer lists its heads, or an allocator does: leave one out")
+        if selects_openly(self.select):
+            if isinstance(self.rest, Tier) or self.merge or self.allot or self.heads:
+                raise ValueError(
+                    "a search over shares drops the tokens that lose, of all heads alike: leave "
+                    "rest, merge, allot and heads out"
+                )
+            return self
         if self.is_open() or (isinstance(self.rest, Tier) and self.rest.is_open()):
-            raise ValueError("a layer that selects tokens is not searched: write its settings")
+            raise ValueError(
+                "a layer that selects tokens is not searched: write its settings, or "
+                'share = "search" in select'
+            )
         return self
 
 

@@ -13,8 +13,10 @@ from kvtune.layout import NEGLIGIBLE, Base, Layout
 from kvtune.measure import Bench
 from kvtune.prove import Proof
 from kvtune.recipe import Policy
+from kvtune.space import AXES, axes
 from kvtune.speed import Speed
 from kvtune.study import Row, front
+from kvtune.views import OWN
 
 T = TypeVar("T")
 SLIGHT, CLEARLY = 1.02, 0.8
@@ -49,6 +51,7 @@ class Candidate:
             "origin": self.origin,
             "uniform": self.is_uniform,
             "projects": any(policy.projects for policy in self.policies),
+            "axes": sorted(axes(self.policies)),
             "bytes": self.bytes,
             "bits": weight.bits,
             "ratio": weight.ratio,
@@ -77,19 +80,30 @@ class Point:
 
 def worth_measuring(rows: list[Row], layout: Layout, most: int) -> list[tuple[str, Base]]:
     """All uniform rivals, and an even choice of the study's front, each with its origin; where
-    projections are searched, also of the front of what has none."""
+    projections are searched, also of the front of what has none, and where tokens are, of the
+    fronts of some axes alone."""
     best = front(rows)
     found = [row for row in best if not row.origin.startswith("uniform")]
     chosen = evenly(found, [row.attrs["bits"] for row in found], most)
-    if layout.mixed:
-        alone = front([row for row in rows if row.attrs.get("projects") == 0])
-        alone = [row for row in alone if not row.origin.startswith("uniform")]
+    for own in _alone(rows, layout):
+        alone = [row for row in front(own) if not row.origin.startswith("uniform")]
         chosen += evenly(alone, [row.attrs["bits"] for row in alone], most)
     for budget in layout.budgets:
         within = [row for row in best if float(row.attrs["bytes"]) <= budget]
         chosen += [max(within, key=lambda row: float(row.attrs["bytes"]))] if within else []
     tuned = {row.number: (row.origin, layout.base(row.choice)) for row in chosen}
     return [*layout.rivals.items(), *tuned.values()]
+
+
+def _alone(rows: list[Row], layout: Layout) -> list[list[Row]]:
+    """The rows whose own fronts are told beside that of all."""
+    if layout.mixed:
+        return [[row for row in rows if row.attrs.get("projects") == 0]]
+    found = []
+    for used in OWN.values() if layout.joint else ():
+        others = [f"uses_{axis}" for axis in AXES if axis not in used]
+        found.append([row for row in rows if all(row.attrs.get(x) == 0 for x in others)])
+    return found
 
 
 def held_out(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -13,6 +13,8 @@ from kvtune.space import SIDES, Side
 
 TOLERANCE = 0.1  # relative: what sums miss by less is noise
 POWERS = (0.8, 1.6)
+FLATTENS = (0.3, 1.0)  # powers of tokens
+SLOPES = 6
 CROSS = (0.0, 2.0)
 TINY = 1e-12  # nats
 
@@ -39,6 +41,7 @@ class Growth:
     cross: float = 0.0
     missed: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # by how much plain sums missed, at most, relatively: keys, values, both together
+    tokens: tuple[float, float] = (1.0, 1.0)  # of what selections cost at 16 bits
 
     @classmethod
     def fit(cls, readings: Sequence[Reading]) -> Growth:
@@ -58,14 +61,43 @@ class Growth:
         cross = alone._cross(joint) if worst > TOLERANCE else 0.0
         return cls(fitted["keys"], fitted["values"], cross, (missed[0], missed[1], worst))
 
+    @classmethod
+    def scales(cls, readings: Sequence[Reading], tokens: Sequence[tuple[float, float]]) -> Growth:
+        """Where layers have one setting of tokens, keys and values: a factor for each of them, so
+        that prices still add up.
+
+        Of tokens, given as priced sums and the KL measured while both sides are dense, also a power
+        of at most 1. What a few layers drop costs more than its price,
+        which takes positions as independent, where tokens that are gone are gone for all of them;
+        and a search picks the layers whose price says least of that.
+        """
+        sides = {side: _one_sided(readings, side) for side in SIDES}
+        keys, values = (_scale(pairs) for pairs in sides.values())
+        kept = _curve([pair for pair in tokens if min(pair) > TINY], FLATTENS)
+        alone = cls((keys, 1.0), (values, 1.0), tokens=kept)
+        joint = [one for one in readings if one.keys > 0 and one.values > 0 and one.measured > 0]
+        off = [one.measured / float(alone.kl(one.keys, one.values)) - 1 for one in joint]
+        missed = [_spread(pairs) for pairs in sides.values()]
+        worst = max(map(abs, off), default=0.0)
+        return replace(alone, missed=(missed[0], missed[1], worst))
+
     @overload
-    def kl(self, keys: float, values: float) -> float: ...
+    def kl(self, keys: float, values: float, tokens: float = 0.0) -> float: ...
     @overload
     def kl(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray: ...
-    def kl(self, keys: Any, values: Any) -> Any:
+    def kl(self, keys: Any, values: Any, tokens: float = 0.0) -> Any:
         """The KL in nats of priced sums."""
         f_k, f_v = (a * x**p for (a, p), x in ((self.keys, keys), (self.values, values)))
-        return f_k + f_v + self.cross * (f_k * f_v) ** 0.5
+        found = f_k + f_v + self.cross * (f_k * f_v) ** 0.5
+        return found + self.tokens[0] * tokens ** self.tokens[1] if tokens else found
+
+    def slopes(self, most: float) -> tuple[float, ...]:
+        """How fast the KL rises with what tokens are priced at, from a sum that is the most there
+        is down to a small part of it; one where it rises evenly."""
+        scale, power = self.tokens
+        if power == 1 or most <= 0:
+            return (scale,)
+        return tuple(scale * power * (most / 4**i) ** (power - 1) for i in range(SLOPES))
 
     @property
     def is_additive(self) -> bool:
@@ -81,7 +113,9 @@ class Growth:
         """Reads `table`; KeyError, TypeError or ValueError for anything else."""
         pairs = {side: (float(held[side][0]), float(held[side][1])) for side in SIDES}
         keys, values, both = map(float, held["missed"])
-        return cls(pairs["keys"], pairs["values"], float(held["cross"]), (keys, values, both))
+        scale, power = map(float, held.get("tokens", (1.0, 1.0)))
+        missed, tokens = (keys, values, both), (scale, power)
+        return cls(pairs["keys"], pairs["values"], float(held["cross"]), missed, tokens)
 
     def _cross(self, joint: Sequence[Reading]) -> float:
         terms = []
@@ -108,15 +142,19 @@ def _spread(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _scale(pairs: Sequence[tuple[float, float]]) -> float:
+    if not pairs:
+        return 1.0
     factors = [measured / priced for priced, measured in pairs]
     return math.prod(factors) ** (1 / len(factors))
 
 
-def _curve(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _curve(
+    pairs: Sequence[tuple[float, float]], powers: tuple[float, float] = POWERS
+) -> tuple[float, float]:
     if not pairs:  # a context shorter than a block encodes nothing
         return 1.0, 1.0
     if len(pairs) < 2 or _spread(pairs) <= TOLERANCE:
         return _scale(pairs), 1.0
     x, y = (np.log(np.array(column)) for column in zip(*pairs, strict=True))
-    power = min(max(float(np.polyfit(x, y, 1)[0]), POWERS[0]), POWERS[1])
+    power = min(max(float(np.polyfit(x, y, 1)[0]), powers[0]), powers[1])
     return float(np.exp(np.mean(y - power * x))), power

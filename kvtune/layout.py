@@ -11,18 +11,21 @@ from kvtune.chains import Chain
 from kvtune.clusters import clusters
 from kvtune.errors import UsageError
 from kvtune.goal import Goal
+from kvtune.joint import common, everywhere
 from kvtune.models import Facts
 from kvtune.recipe import Policy
 from kvtune.sampling import Choice, Seeded, Space
-from kvtune.space import SIDES, Choices, Opened, Side
-from kvtune.surrogate import Assignment, Place, Prediction, Surrogate, by_bytes
+from kvtune.space import SIDES, Choices, Opened, Side, Triple
+from kvtune.surrogate import Assignment, Place, Prediction, Setting, Surrogate, by_bytes
+from kvtune.views import ALONE as ALONE
+from kvtune.views import OWN, saving_by, without_projections
+from kvtune.views import View as View
 
 T = TypeVar("T")
 START = "start"
 NEGLIGIBLE = 1e-5  # nats: past the first point within it, more bytes buy nothing
 STEPS = {"cheaper": -1, "same": 0, "dearer": 1}
 FINE = 64  # budgets of a surrogate front; a search measures `goal.budgets` of them, then the rest
-ALONE = "bits alone"  # origins of the front of settings without a projection
 PAYS = 0.95  # heads differ where that lowers the predicted KL at least to this part of it
 
 
@@ -31,14 +34,6 @@ class Base(NamedTuple):
 
     window: str
     chosen: Assignment
-
-
-class View(NamedTuple):
-    """The search under one window: what layers may be, and what is predicted of it."""
-
-    choices: Choices
-    whole: Surrogate
-    by_head: Surrogate | None  # where a layer lets its kv heads differ
 
 
 class Layout:
@@ -94,14 +89,7 @@ class Layout:
 
     def policies(self, base: Base) -> tuple[Policy, ...]:
         """One policy per layer."""
-        choices = self.views[base.window].choices
-        found = {
-            layer: _policy(choices[layer], dict(places))
-            for layer, places in groupby(
-                sorted(base.chosen.items(), key=_place), key=lambda item: item[0].layer
-            )
-        }
-        return tuple(found.get(i, Policy()) for i in range(len(self.known.layers)))
+        return policies(self.views[base.window].choices, base.chosen, len(self.known.layers))
 
     def predict(self, base: Base) -> Prediction:
         """What the price table says of it."""
@@ -118,8 +106,11 @@ class Layout:
         found = {"knapsack": self._front("memory")}
         if self.goal.timed:
             found["fast"] = self._front("latency")
+        for name, used in OWN.items() if self.joint else ():
+            if own := saving_by(self.views, used):
+                found[name] = self._front("memory", own)
         if self.mixed:
-            found[ALONE] = self._front("memory", _alone(self.views))
+            found[ALONE] = self._front("memory", without_projections(self.views))
         if any(view.by_head for view in self.views.values()):
             found["heads"] = self._paying(found["knapsack"])
         first: dict[str, Base] = {}
@@ -152,10 +143,18 @@ class Layout:
         return tuple(int(bits / 16 * self._dense_bytes) for bits in self.goal.within)
 
     @property
+    def joint(self) -> bool:
+        """Whether tokens are searched beside bits and rank."""
+        return next(iter(self.views.values())).whole.joint
+
+    @property
     def mixed(self) -> bool:
-        """Whether projections and bits alone are both open, so that each may be compared."""
+        """Whether projections and bits alone are both open, so that each may be compared; where
+        tokens are open too, `joint` says more."""
+        if self.joint:
+            return False
         every = [chain for view in self.views.values() for chain in _chains(view.choices)]
-        return any(chain.projects for chain in every) and bool(_alone(self.views))
+        return any(chain.projects for chain in every) and bool(without_projections(self.views))
 
     def _front(self, over: str, views: Mapping[str, View] | None = None) -> list[Base]:
         """What nothing is predicted to beat, over all windows, from the smallest on."""
@@ -213,7 +212,12 @@ class Layout:
 
     def _uniforms(self, window: str) -> dict[str, Base]:
         suffix = f" | {window}" if window else ""
-        found = uniforms(self.views[window].choices)
+        view = self.views[window]
+        if view.whole.joint:
+            alike = common(view.whole)
+            found = {f"uniform {triple}": everywhere(view.whole, triple) for triple in alike}
+        else:
+            found = uniforms(view.choices)
         return {f"{name}{suffix}": Base(window, chosen) for name, chosen in found.items()}
 
     def _protected(self, some: Mapping[str, Base]) -> dict[str, Base]:
@@ -234,28 +238,28 @@ def _chains(choices: Choices) -> list[Chain]:
     return [chain for own in choices.values() for side in SIDES for chain in own.chains(side)]
 
 
-def _alone(views: Mapping[str, View]) -> dict[str, View]:
-    """The views without projections; nothing where a place has no other setting."""
-    found = {}
-    for name, view in views.items():
-        rungs = {
-            place: tuple(rung for rung in own if not rung.chain.projects)
-            for place, own in view.whole.rungs.items()
-        }
-        if all(rungs.values()):
-            found[name] = View(view.choices, Surrogate(rungs, view.whole.growth), None)
-    return found
-
-
-def _place(item: tuple[Place, Chain]) -> tuple[int, str, int]:
+def _place(item: tuple[Place, Setting]) -> tuple[int, str, int]:
     place = item[0]
     return place.layer, place.side, -1 if place.head is None else place.head
 
 
-def _policy(own: Opened, places: Mapping[Place, Chain]) -> Policy:
+def policies(choices: Choices, chosen: Assignment, layers: int) -> tuple[Policy, ...]:
+    """One policy per layer of an assignment."""
+    found = {
+        layer: _policy(choices[layer], dict(places))
+        for layer, places in groupby(
+            sorted(chosen.items(), key=_place), key=lambda item: item[0].layer
+        )
+    }
+    return tuple(found.get(i, Policy()) for i in range(layers))
+
+
+def _policy(own: Opened, places: Mapping[Place, Setting]) -> Policy:
     """A layer's policy; heads of equal settings are grouped."""
-    sides: dict[Side, dict[int | None, Chain]] = {side: {} for side in SIDES}
+    sides: dict[str, dict[int | None, Chain]] = {side: {} for side in SIDES}
     for place, chain in places.items():
+        if isinstance(chain, Triple):
+            return own.policy_of(chain)
         sides[place.side][place.head] = chain
     if None in sides["keys"]:
         return own.policy(sides["keys"][None], sides["values"][None])

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvtune.chains import Chain
 from kvtune.errors import IntegrityError
 from kvtune.files import canonical_json
+from kvtune.retention import Selector
 from kvtune.space import Side
 from kvtune.tensors import Artifact
 
@@ -26,13 +27,21 @@ SEAL = "seal"
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the price table: one side of one layer under one setting, the other side dense."""
+    """One row of the price table: one side of one layer under one setting, the other side dense;
+    of all tokens, or of those that a selector keeps (then keys may be dense as well)."""
 
     layer: int
     side: Side
     setting: str  # canonical JSON of the chain's tables
     sinks: int
     recent: int
+    select: str = ""  # canonical JSON of the selector's table; empty where all tokens stay
+
+    @property
+    def row(self) -> list[int | str]:
+        """As it stands in a file, where what keeps all tokens says nothing of them."""
+        plain = [self.layer, self.side, self.setting, self.sinks, self.recent]
+        return [*plain, self.select] if self.select else plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +53,8 @@ class Profile:
     moments.{keys,values,queries} [L, H, D, D], means [L, H, D] and samples [L, H, n, D] of pre-RoPE
     keys and queries and of values, joint.{keys,values} of all heads at once, cached.* as they are
     cached (see `moments`), moments.outputs and moments.pulls of attention;
-    mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    mass.{sinks,recent,entropy,coverage90} [L, Hq]; tokens.* are what budgets of tokens go by (see
+    `occupancy`).
     """
 
     cells: tuple[Cell, ...]
@@ -67,9 +77,7 @@ class Profile:
 
     def save(self, path: Path) -> str:
         """Writes the file atomically; returns its sha256."""
-        cells = [
-            [cell.layer, cell.side, cell.setting, cell.sinks, cell.recent] for cell in self.cells
-        ]
+        cells = [cell.row for cell in self.cells]
         meta: dict[str, Any] = {"profile": FORMAT, "cells": cells, **self.meta}
         return Artifact(self.tensors, {**meta, SEAL: _seal(self.tensors, meta)}).save(path)
 
@@ -112,3 +120,10 @@ def _seal(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
 def setting(chain: Chain) -> str:
     """The canonical text of a chain."""
     return json.dumps(chain.tables(), sort_keys=True, separators=(",", ":"))
+
+
+def selected(select: Selector | None) -> str:
+    """The canonical text of a selector; empty for none."""
+    if select is None:
+        return ""
+    return json.dumps(select.table(), sort_keys=True, separators=(",", ":"))

@@ -80,6 +80,16 @@ def _kinds_schema(*kinds: type[Part]) -> dict[str, Any]:
     return {"oneOf": branches}
 
 
+def _open_share() -> dict[str, Any]:
+    """JSON Schema of a selector whose share is left to a search."""
+    shares = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+    return {
+        "type": "object",
+        "properties": {"share": {"anyOf": [{"const": SEARCH}, shares]}},
+        "required": ["use", "share"],
+    }
+
+
 def _shortening(value: Any) -> Any:
     if value is None:
         return value
@@ -227,6 +237,7 @@ def schema() -> dict[str, Any]:
         name = f"{key.capitalize()}s"
         definitions[name] = _kinds_schema(*kinds)
         properties[key] = {"$ref": f"#/$defs/{name}"}
+    properties["select"] = {"anyOf": [properties["select"], _open_share()]}
     definitions["Shorteners"] = _kinds_schema(Shortener)
     document["properties"]["prefill"] = {"$ref": "#/$defs/Shorteners"}
     definitions["HeadEntry"]["properties"]["select"] = {"$ref": "#/$defs/Selects"}

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kvtune import joint
+from kvtune.budgets import Budgets
 from kvtune.cache import Weight, weigh
 from kvtune.chains import Chain
 from kvtune.commons import shared as shared_by_workers
@@ -15,17 +17,19 @@ from kvtune.files import canonical_json, sha256_bytes
 from kvtune.goal import Goal
 from kvtune.growth import Growth, Reading
 from kvtune.halving import promoted
-from kvtune.layout import Base, Layout, View, shared
+from kvtune.layout import Base, Layout, policies, shared
 from kvtune.measure import Bench, Quality
 from kvtune.profile import Profile
 from kvtune.recipe import Policy
-from kvtune.space import SIDES, Choices, Side
+from kvtune.space import AXES, SIDES, Choices, Side, axes
 from kvtune.speed import Speed
 from kvtune.study import Choice, Outcome, Row, fresh, run
-from kvtune.surrogate import Place, Surrogate, surrogate
+from kvtune.surrogate import Assignment, Place, Surrogate, surrogate
 from kvtune.table import Infeasible, Stopped
+from kvtune.views import View, saving_by
 
 STUDY, GROWTH = "kvtune", "growth"
+PROBES = 5  # sizes of recipes of tokens alone; the last has all of them
 FEW = 4  # one sequence in so many is measured before the others
 
 
@@ -62,7 +66,7 @@ class Search:
         grown = f"{GROWTH} {self._binding()}"
         held = shared_by_workers(limits.storage, STUDY, grown, lambda: self._grown(plain))
         self.growth = Growth.of_table(held)
-        views = {name: _grown(view, self.growth) for name, view in plain.items()}
+        views = {name: _rescaled(view, self.growth) for name, view in plain.items()}
         dense = self.weight((Policy(),) * len(self.known.layers)).dense_bytes
         self.layout = Layout(views, self.known, goal, self._fits, dense)
 
@@ -112,6 +116,10 @@ class Search:
         time = {"latency": self.speed.recipe(policies)} if self.speed else {}
         if self.layout.mixed:
             found["projects"] = float(any(policy.projects for policy in policies))
+        if self.layout.joint:
+            found["projects"] = float(any(policy.projects for policy in policies))
+            used = axes(policies)
+            found |= {f"uses_{axis}": float(axis in used) for axis in AXES}
         return {**found, **time, "predicted": predicted}
 
     def _quality(
@@ -164,6 +172,9 @@ class Search:
                 by_head=by_head,
             )
 
+        if any(own.selects for own in choices.values()):
+            whole = joint.surrogate(choices, self.profile, self.known, self.goal.context)
+            return View(choices, whole, None)
         apart = any(own.per_head for own in choices.values())
         return View(choices, made(False), made(True) if apart else None)
 
@@ -174,6 +185,8 @@ class Search:
         by one that grows.
         """
         view = next(iter(views.values()))
+        if view.whole.joint:
+            return self._scaled(view)
         chains = {side: _probes(view, side) for side in SIDES}
         probes: list[dict[Side, Chain]] = [{side: c} for side in SIDES for c in chains[side]]
         pairs = zip(chains["keys"], chains["values"], strict=False)
@@ -184,17 +197,35 @@ class Search:
                 readings.append(self._read(view, probe))
         return Growth.fit(readings).table()
 
+    def _scaled(self, view: View) -> dict[str, Any]:
+        """The same where layers have triples: probes of keys and of values alike in all layers,
+        and of tokens as a search of them alone would have it."""
+        probes = [joint.everywhere(view.whole, own) for own in joint.probes(view.whole)]
+        for alone in saving_by({"": view}, frozenset({"tokens"})).values():
+            solver = Budgets(alone.whole)
+            probes += [solver.best(budget) for budget in solver.spread(PROBES)[:-1]]
+        readings, tokens = [], []
+        for chosen in probes:
+            whole = policies(view.choices, chosen, len(self.known.layers))
+            sums = view.whole.sums(chosen)
+            with suppress(ResourceError):
+                kl = self.bench.measure(whole).means()["kl"]
+                readings.append(Reading(sums["keys"], sums["values"], kl))
+                if not sums["keys"] and not sums["values"]:
+                    tokens.append((sums["tokens"], kl))
+        return Growth.scales(readings, tokens).table()
+
     def _read(self, view: View, chains: dict[Side, Chain]) -> Reading:
         """Measures all layers with the given settings, the other side dense."""
         policies = {i: own.sided(chains) for i, own in view.choices.items()}
         whole = tuple(policies.get(i, Policy()) for i in range(len(self.known.layers)))
-        chosen = {Place(i, side): c for i in view.choices for side, c in chains.items()}
+        chosen: Assignment = {Place(i, side): c for i in view.choices for side, c in chains.items()}
         sums = view.whole.sums(chosen)
         return Reading(sums["keys"], sums["values"], self.bench.measure(whole).means()["kl"])
 
     def _binding(self) -> str:
         """What a study belongs to: model, texts, space and goal."""
-        cells = [[c.layer, c.side, c.setting, c.sinks, c.recent] for c in self.profile.cells]
+        cells = [cell.row for cell in self.profile.cells]
         bound = [
             self.profile.meta.get("fingerprint"),
             self.profile.meta.get("text"),
@@ -208,15 +239,16 @@ class Search:
         return sha256_bytes(canonical_json(bound).encode())
 
 
-def _grown(view: View, growth: Growth) -> View:
+def _rescaled(view: View, growth: Growth) -> View:
     """The same view with sums that grow as measured."""
-    apart = Surrogate(view.by_head.rungs, growth) if view.by_head else None
-    return View(view.choices, Surrogate(view.whole.rungs, growth), apart)
+    apart = view.by_head.grown(growth) if view.by_head else None
+    return View(view.choices, view.whole.grown(growth), apart)
 
 
 def _probes(view: View, side: Side) -> list[Chain]:
     """Two settings that every layer opens: the cheapest, and one a third of the way up."""
     common = shared(view.choices, side)
     first = Place(next(iter(view.choices)), side)
-    chains = [rung.chain for rung in view.whole.ladders[first] if rung.chain in common]
+    ladder = [rung.chain for rung in view.whole.ladders[first]]
+    chains = [chain for chain in ladder if isinstance(chain, Chain) and chain in common]
     return list(dict.fromkeys((chains[0], chains[len(chains) // 3]))) if chains else []

@@ -107,6 +107,9 @@ def timed(windows: dict[str, Choices], speed: Speed) -> tuple[dict[str, Choices]
     for name, choices in windows.items():
         kept = {}
         for layer, own in choices.items():
+            if own.selects:
+                what = f"Layer {layer} opens tokens, and nobody timed kernels on those that stay."
+                raise UsageError(what, "Leave latency out of --objective.")
             sides = {s: tuple(c for c in own.chains(s) if speed.knows(c)) for s in SIDES}
             dropped += sum(len(own.chains(s)) - len(sides[s]) for s in SIDES)
             if not all(sides.values()):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kvtune.cache import fitted_bytes, layer_bytes
 from kvtune.chains import Chain
@@ -14,19 +14,21 @@ from kvtune.growth import Growth
 from kvtune.models import Facts
 from kvtune.profile import Cell, Profile, setting
 from kvtune.recipe import Policy
-from kvtune.space import SIDES, Choices, Opened, Side
+from kvtune.space import SIDES, WHOLE, Choices, Opened, Side, Triple
 from kvtune.speed import Speed
 
 
 class Place(NamedTuple):
-    """What has one setting: a side of a layer, or of one kv head where heads may differ."""
+    """What has one setting: a side of a layer, or of one kv head where heads may differ; or a
+    whole layer, where its tokens are searched too."""
 
     layer: int
-    side: Side
+    side: Side | Literal["layers"]
     head: int | None = None  # None: all heads alike
 
 
-Assignment = dict[Place, Chain]  # one setting for each place of all compressible layers
+Setting = Chain | Triple  # of a side, or of a whole layer
+Assignment = dict[Place, Setting]  # one setting for each place of all compressible layers
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,20 @@ class Rung:
     """One setting of one place: bytes at the stated context, priced KL in nats, and its part of
     the layer's attention time in microseconds (0 without a latency table)."""
 
-    chain: Chain
+    chain: Setting
     bytes: int
     price: float
     time: float = 0.0
+    parts: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a triple's price, in the order below
+
+    def grown(self, growth: Growth, slope: float) -> Rung:
+        """With parts rescaled so that prices still add up, tokens by a slope of their growth."""
+        tokens, keys, values = self.parts
+        return replace(self, price=growth.kl(keys, values) + slope * tokens)
+
+
+PARTS = ("tokens", "keys", "values")
+STRIDE = 24  # moves along a layer's ladder go at least so far: a part of its rungs
 
 
 Size = Callable[[Rung], int]
@@ -64,29 +76,56 @@ class Surrogate:
         return {place: tuple(undominated(found)) for place, found in self.rungs.items()}
 
     @cached_property
-    def _found(self) -> dict[Place, dict[Chain, Rung]]:
+    def _found(self) -> dict[Place, dict[Setting, Rung]]:
         return {place: {r.chain: r for r in found} for place, found in self.rungs.items()}
 
-    def rung(self, place: Place, chain: Chain) -> Rung:
+    @property
+    def joint(self) -> bool:
+        """Whether layers have one setting each, of tokens, keys and values."""
+        return next(iter(self.rungs)).side == WHOLE
+
+    def grown(self, growth: Growth) -> Surrogate:
+        """The same with sums that grow as measured."""
+        if not self.joint:
+            return Surrogate(self.rungs, growth)
+        slopes = growth.slopes(self.most_tokens)
+        return Surrogate(self.sloped(slopes[len(slopes) // 2], growth), growth)
+
+    @property
+    def most_tokens(self) -> float:
+        """What tokens are priced at where every layer drops the most."""
+        return sum(max(rung.parts[0] for rung in own) for own in self.rungs.values())
+
+    def sloped(self, slope: float, growth: Growth) -> dict[Place, tuple[Rung, ...]]:
+        """All rungs of whole layers where tokens cost a slope of their prices."""
+        grown = {p: [rung.grown(growth, slope) for rung in own] for p, own in self.rungs.items()}
+        return {p: tuple(sorted(own, key=lambda r: (r.bytes, r.price))) for p, own in grown.items()}
+
+    def rung(self, place: Place, chain: Setting) -> Rung:
         """The rung of a setting."""
         return self._found[place][chain]
 
-    def sums(self, chosen: Assignment) -> dict[Side, float]:
-        """The priced sum of each side, in nats."""
-        found: dict[Side, list[float]] = {side: [] for side in SIDES}
+    def sums(self, chosen: Assignment) -> dict[str, float]:
+        """The priced sum of each side, and of tokens where they are searched, in nats."""
+        found: dict[str, list[float]] = {side: [] for side in SIDES}
         for place, chain in chosen.items():
-            found[place.side].append(self.rung(place, chain).price)
+            rung = self.rung(place, chain)
+            if place.side == WHOLE:
+                for axis, price in zip(PARTS, rung.parts, strict=True):
+                    found.setdefault(axis, []).append(price)
+            else:
+                found[place.side].append(rung.price)
         return {side: math.fsum(prices) for side, prices in found.items()}
 
     def predict(self, chosen: Assignment) -> Prediction:
         """Bytes, KL and time that the table leads to."""
         rungs = [self.rung(place, chain) for place, chain in chosen.items()]
         sums = self.sums(chosen)
-        kl = float(self.growth.kl(sums["keys"], sums["values"]))
+        kl = float(self.growth.kl(sums["keys"], sums["values"], sums.get("tokens", 0.0)))
         return Prediction(sum(r.bytes for r in rungs), kl, math.fsum(r.time for r in rungs))
 
     def moved(
-        self, chosen: Assignment, places: Iterable[tuple[int, Side]], steps: int
+        self, chosen: Assignment, places: Iterable[tuple[int, str]], steps: int
     ) -> Assignment:
         """Another assignment with sides of layers moved along their ladders; the ends hold."""
         wanted, result = set(places), dict(chosen)
@@ -94,7 +133,8 @@ class Surrogate:
             if place[:2] in wanted:
                 ladder = self.ladders[place]
                 at = _nearest(ladder, self.rung(place, chain).bytes)
-                result[place] = ladder[min(max(at + steps, 0), len(ladder) - 1)].chain
+                far = max(1, len(ladder) // STRIDE) if self.joint else 1
+                result[place] = ladder[min(max(at + far * steps, 0), len(ladder) - 1)].chain
         return result
 
 

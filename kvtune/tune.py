@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from kvtune import runs
-from kvtune.bank import Bank, build, text_tokens
+from kvtune.bank import Bank, build, text_tokens, wanted
 from kvtune.calibrate import (
     calibrate,
     find_ropes,
     missing_cells,
+    price_cells,
     priced_further,
     quiet,
     spearman,
@@ -217,7 +218,8 @@ class Tuner:
     def _bank(self, role: str) -> Bank:
         self.say(f"dense pass, {role}", 0, 1)
         tokens = text_tokens(self.texts[role], self.tokenizer, self.settings.sizes, role)
-        bank = build(self.model, tokens, self.settings.sizes.context)
+        asked = wanted(policy for _, policy in price_cells(self.windows))
+        bank = build(self.model, tokens, self.settings.sizes.context, **asked)
         self.say(f"dense pass, {role}", 1, 1)
         return bank
 

@@ -50,7 +50,7 @@ REFUSED = {
     "share": ('select = { use = "attention", share = 1.5 }', "1.5 is not above 0 and up to 1"),
     "setting": ('select = { use = "attention", shares = 0.5 }', "attention has no 'shares'"),
     "unknown": ('select = { use = "atention" }', "attention"),
-    "open-share": ('select = { use = "attention", share = "search" }', "is not searched"),
+    "open-share": ('select = { use = "attention", share = [1.0] }', "opens nothing below 1"),
     "open-rest": (
         f'{SELECT}rest.keys = [{{ use = "affine", bits = "search" }}]',
         "a layer that selects tokens is not searched",

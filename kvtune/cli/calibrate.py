@@ -93,7 +93,8 @@ def sensitivity(tuner: Tuner, profile: Profile) -> list[dict[str, Any]]:
                 chain: layer_bytes(own.cell(side, chain), *shape, at) for chain in own.chains(side)
             }
             small = min(sizes, key=sizes.__getitem__)
-            price = prices[Cell(layer, side, setting(small), own.sinks, own.recent)]
+            # of a side that opens nothing but 16 bits there is no cell
+            price = prices.get(Cell(layer, side, setting(small), own.sinks, own.recent), 0.0)
             row |= {side: price, f"{side}_setting": str(small)}
         rows.append(row)
     return rows

@@ -61,7 +61,8 @@ def _codec(table: Mapping[str, Any]) -> str:
 
     if parts.ANY in table:
         return f"either {' or '.join(f'({chain(tables)})' for tables in table[parts.ANY])}"
-    whole = dict(table) if parts.is_open(table) else parts.parse(table).table()
+    free = parts.is_open(table) or isinstance(table.get("share"), list | tuple)
+    whole = dict(table) if free else parts.parse(table).table()
     optional = whole.pop(parts.OPTIONAL, False)
     settings = " ".join(f"{key}={value}" for key, value in whole.items() if key != "use")
     told = f"{whole['use']} {settings}".strip()

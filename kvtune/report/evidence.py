@@ -8,13 +8,13 @@ from pathlib import PurePath
 from torch import Tensor
 
 from kvtune.cli.amounts import clock
+from kvtune.report import axes, numbers, prices, rank, scatter, spectra
 from kvtune.report import figures as drawn
-from kvtune.report import numbers, prices, rank, scatter, spectra
 from kvtune.report.folder import Run
 from kvtune.report.markup import Child, Markup, joined, table, tag
 from kvtune.report.prices import PriceTable
 from kvtune.report.rank import Pair
-from kvtune.report.records import Scores, Task, Trial
+from kvtune.report.records import Candidate, Scores, Task, Trial
 from kvtune.report.sections import (
     Figures,
     chart,
@@ -117,6 +117,29 @@ def _met(pair: Pair) -> list[str]:
         return [*alone, "none so small", "", "", ""]
     mixed = [f"{pair.mixed.bits:.2f}", numbers.significant(pair.mixed.kl)]
     return [*alone, *mixed, f"{pair.times:.2f}" if pair.times else "", pair.mixed.origin]
+
+
+def all_axes(run: Run, figures: Figures) -> Markup | None:
+    """Tokens, bits and rank on one front against each alone, where all were searched."""
+    if run.summary is None or not (met := axes.met(run.summary)):
+        return None
+    figures["axes"] = scatter.fronts(axes.fronts(run.summary))
+    head = ("from", "bits", "KL", "all axes, bits", "KL", "it saves by")
+    rows = [_beside(own, *pair) for own in met for pair in zip(own.own, own.best, strict=True)]
+    said = "Chart: KL over bits of all fronts; the table below has the numbers."
+    title = "The front of all axes at the bytes of each point of the others"
+    return section(
+        "axes",
+        "Tokens, bits and rank",
+        tag("p", axes.verdict(run.summary)),
+        chart("axes", "axes", said, 400),
+        details(title, table(head, rows, title, words=1)),
+    )
+
+
+def _beside(met: axes.Met, own: Candidate, best: Candidate) -> list[str]:
+    told = [f"{own.bits:.2f}", numbers.significant(own.kl), f"{best.bits:.2f}"]
+    return [met.name, *told, numbers.significant(best.kl), ", ".join(best.axes)]
 
 
 def predictions(run: Run, figures: Figures) -> Markup | None:

@@ -141,6 +141,30 @@ def layer_map(layers: Sequence[Layer], heads: int) -> Figure:
     return made
 
 
+def kept_map(layers: Sequence[Layer]) -> Figure | None:
+    """The part of the tokens, and of the channels of keys and of values, that each layer stores;
+    nothing where all is stored."""
+    rows = {
+        "tokens": [layer.tokens for layer in layers],
+        **{f"rank, {s}": [layer.sides[s].rank for layer in layers] for s in ("keys", "values")},
+    }
+    saving = {name: row for name, row in rows.items() if any(part < 1 for part in row)}
+    if not saving:
+        return None
+    texts = [
+        [
+            hover(f"layer {layer.index}, {name}", f"{100 * part:.3g} % are stored")
+            for layer, part in zip(layers, row, strict=True)
+        ]
+        for name, row in saving.items()
+    ]
+    bar = _bar("part that is stored", (0, 0.25, 0.5, 0.75, 1), ("0", "25 %", "50 %", "75 %", "all"))
+    heat = _heat([*saving.values()], [*saving], texts, bar, 0.0, 1.0)
+    made = figure([heat], layer_axis(len(layers)), _rows_axis())
+    made["layout"]["margin"] = {"l": 8, "r": 12, "t": TOP, "b": 8}
+    return made
+
+
 def _rows_axis() -> dict[str, Any]:
     # the first row stands on top
     return {"autorange": "reversed", "showgrid": False, "ticks": ""}

@@ -23,6 +23,7 @@ POLICY = (
 NAMES = {
     "front": "Front",
     "recipe": "Recipe",
+    "axes": "Tokens, bits and rank",
     "rank": "Rank and bits",
     "prices": "Prices",
     "spectra": "Spectra",
@@ -40,6 +41,7 @@ def page(run: Run) -> bytes:
     parts = {
         "front": sections.front(run, figures),
         "recipe": sections.recipe(run, figures),
+        "axes": evidence.all_axes(run, figures),
         "rank": evidence.rank_and_bits(run, figures),
         "prices": evidence.price_table(run, figures),
         "spectra": evidence.spectrum(run, figures),

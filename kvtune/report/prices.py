@@ -58,11 +58,11 @@ def table(profile: Profile, side: str) -> PriceTable:
     )
 
 
-Row = tuple[str, int, int]  # setting, sinks, recent
+Row = tuple[str, int, int, str]  # setting, sinks, recent, selector
 
 
 def _row(cell: Cell) -> Row:
-    return cell.setting, cell.sinks, cell.recent
+    return cell.setting, cell.sinks, cell.recent, cell.select
 
 
 def _size(row: Row) -> tuple[float, tuple[tuple[int, str], ...], Row]:
@@ -89,7 +89,8 @@ def _settings(row: Row) -> dict[str, Any]:
     for place, codec in enumerate(json.loads(row[0])):
         for key, value in codec.items():
             found[f"{place} {key}"] = value
-    return found | {"0 sinks": row[1], "0 recent": row[2]}
+    share = {"0 tokens": json.loads(row[3]).get("share", 1.0) if row[3] else 1.0}
+    return found | {"0 sinks": row[1], "0 recent": row[2], **share}
 
 
 def _word(key: str, value: Any) -> str:

@@ -30,8 +30,8 @@ class Pair(NamedTuple):
 def fronts(summary: Summary) -> tuple[list[Candidate], list[Candidate]]:
     """What nothing of its kind beats on held-out text: bits alone, and with a projection
     somewhere; the fewest bytes first. Uniform recipes count among both."""
-    mixed = [own for own in summary.held_out if own.projects]
-    return _front(own for own in summary.held_out if not own.projects), _front(mixed)
+    held = [own for own in summary.held_out if "tokens" not in own.axes]  # `axes` tells of those
+    return front(own for own in held if not own.projects), front(o for o in held if o.projects)
 
 
 def pairs(summary: Summary) -> list[Pair]:
@@ -39,7 +39,7 @@ def pairs(summary: Summary) -> list[Pair]:
     alone, mixed = fronts(summary)
     if not mixed:
         return []
-    return [Pair(own, _within(mixed, own.bytes)) for own in alone]
+    return [Pair(own, within(mixed, own.bytes)) for own in alone]
 
 
 def verdict(summary: Summary) -> str:
@@ -59,7 +59,8 @@ def verdict(summary: Summary) -> str:
     )
 
 
-def _front(found: Iterable[Candidate]) -> list[Candidate]:
+def front(found: Iterable[Candidate]) -> list[Candidate]:
+    """What no other beats in bytes and KL, the fewest bytes first."""
     kept: list[Candidate] = []
     for own in sorted(found, key=lambda one: (one.bytes, one.kl)):
         if not kept or own.kl < kept[-1].kl:
@@ -67,6 +68,6 @@ def _front(found: Iterable[Candidate]) -> list[Candidate]:
     return kept
 
 
-def _within(front: list[Candidate], most: float) -> Candidate | None:
+def within(found: list[Candidate], most: float) -> Candidate | None:
     """The last of a front, given in ascending bytes, that takes no more."""
-    return next((own for own in reversed(front) if own.bytes <= most), None)
+    return next((own for own in reversed(found) if own.bytes <= most), None)

@@ -41,6 +41,7 @@ class Candidate(_Record):
     origin: str
     uniform: bool = False
     projects: bool = False
+    axes: tuple[str, ...] = ()  # which of tokens, bits and rank it saves by
     bytes: float = Field(gt=0)
     bits: float = Field(gt=0)
     ratio: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -196,6 +196,25 @@ def rank_and_bits(alone: Sequence[Candidate], mixed: Sequence[Candidate]) -> Fig
         ("bits alone", alone, "uniform", "diamond"),
         ("rank and bits", mixed, "front", "circle"),
     )
+    return _lines(kinds)
+
+
+LOOKS = (  # of the front of all axes, and of those of some alone
+    ("front", "circle"),
+    ("other", "square"),
+    ("uniform", "diamond"),
+    ("dense", "triangle-up"),
+    ("over", "cross"),
+)
+
+
+def fronts(found: Mapping[str, Sequence[Candidate]]) -> Figure:
+    """The front over tokens, bits and rank beside those of some axes alone, as lines."""
+    pairs = zip(found.items(), LOOKS, strict=False)
+    return _lines([(name, own, *look) for (name, own), look in pairs])
+
+
+def _lines(kinds: Sequence[tuple[str, Sequence[Candidate], str, str]]) -> Figure:
     traces = [
         _marks(name, own, "bits", _one_pass, _candidate, colour, symbol, 9)
         | {"mode": "lines+markers", "line": {"color": f"var(--{colour})", "width": 1.5}}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kvtune.cli.amounts import size
 from kvtune.report import layers as of_layers
 from kvtune.report import numbers, scatter, sentences
-from kvtune.report.figures import Figure, layer_map
+from kvtune.report.figures import Figure, kept_map, layer_map
 from kvtune.report.folder import Run
 from kvtune.report.layers import Layer
 from kvtune.report.markup import Child, Markup, table, tag
@@ -201,17 +201,32 @@ def _body(run: Run, index: int, point: Point, figures: Figures) -> list[Child]:
     block = _file(text, f"toml-{index}")
     if not (count := _layer_count(run, point)):
         return block
-    found = of_layers.of_recipe(read, count)
+    found = of_layers.of_recipe(read, count, point.bytes_context)
     heads = read.model.kv_heads if read.model else 0
     made = figures[f"layers.{index}"] = layer_map(found, heads)
     rows = len(made["data"][0]["y"])
+    kept = _kept(index, found, figures)
     said = "Heat map: code bits of keys and values in each layer; the table below has the numbers."
     return [
         tag("h4", "Bits in each layer"),
         chart(f"layers-{index}", f"layers.{index}", said, rows_high(rows)),
+        *kept,
         details("Layer by layer", _layers(found)),
         *block,
     ]
+
+
+def _kept(index: int, found: Sequence[Layer], figures: Figures) -> list[Child]:
+    """The map of tokens and rank, where a recipe saves by them."""
+    if (made := kept_map(found)) is None:
+        return []
+    figures[f"kept.{index}"] = made
+    said = (
+        "Heat map: the part of tokens and channels that each layer stores, as in the table below."
+    )
+    high = rows_high(len(made["data"][0]["y"]))
+    title = tag("h4", "Tokens and channels stored in each layer")
+    return [title, chart(f"kept-{index}", f"kept.{index}", said, high)]
 
 
 def _file(text: str, name: str) -> list[Child]:
@@ -232,13 +247,14 @@ def _layer_count(run: Run, point: Point) -> int:
 
 
 def _layers(found: Sequence[Layer]) -> Markup:
-    head = ("layer", "keys", "values", "first exact", "last exact")
+    head = ("layer", "keys", "values", "first exact", "last exact", "tokens stored")
     rows: list[list[Child]] = []
     for layer in found:
         sides = [layer.sides[side].chain for side in ("keys", "values")]
-        rows.append([f"{layer.index}", *sides, f"{layer.sinks}", f"{layer.recent}"])
+        kept = f"{100 * layer.tokens:.3g} %"
+        rows.append([f"{layer.index}", *sides, f"{layer.sinks}", f"{layer.recent}", kept])
         for head_, own in sorted(layer.heads.items()):
             rows.append(
-                [f"{layer.index}, head {head_}", own["keys"].chain, own["values"].chain, "", ""]
+                [f"{layer.index}, head {head_}", own["keys"].chain, own["values"].chain, "", "", ""]
             )
     return table(head, rows, "What each layer does", words=3)

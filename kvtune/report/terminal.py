@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from kvtune.cli.amounts import size
+from kvtune.report import axes, numbers, prices, rank, sentences, spectra
 from kvtune.report import layers as of_layers
-from kvtune.report import numbers, prices, rank, sentences, spectra
 from kvtune.report.folder import Run
 from kvtune.report.records import Point, Scores, Summary
 
@@ -25,6 +25,8 @@ def view(run: Run) -> Iterator[RenderableType]:
         yield sentences.plainly(point)
         yield _front(summary)
         yield from _strips(run, point)
+        if told := axes.verdict(summary):
+            yield told
         yield from _rank_and_bits(summary)
     yield from _dearest(run)
     yield from _spectra(run)
@@ -97,11 +99,14 @@ def _strips(run: Run, point: Point) -> Iterator[str]:
     text_and_recipe = run.recipes.get(point.file)
     if not text_and_recipe or not (bound := text_and_recipe[1].model):
         return
-    found = of_layers.of_recipe(text_and_recipe[1], bound.layers)
+    found = of_layers.of_recipe(text_and_recipe[1], bound.layers, point.bytes_context)
     yield "Bits in each layer of the chosen recipe, from the first on (+ stands for ten or more):"
     for side in ("keys", "values"):
         signs = [_sign(layer.sides[side].bits) for layer in found]
         yield f"  {side:6}  {_grouped(signs)}"
+    if any(layer.tokens < 1 for layer in found):
+        yield "Tokens stored in each layer, in tenths (+ stands for all):"
+        yield f"  {'tokens':6}  {_grouped([_sign(10 * layer.tokens) for layer in found])}"
     if any(layer.heads for layer in found):
         yield "  Some heads differ; the page shows which."
 
