@@ -38,6 +38,8 @@ def make_tiers(
 
 def serves_tiers(policy: Policy, keys: Tensor) -> bool:
     """Whether kernels can read what a layer keeps of keys [B, H, T, D], and values."""
+    if keys.is_meta:  # only shapes are asked for
+        return False
     dim = keys.shape[-1]
     formats = [[chain.format(dim) for chain in pair] for pair in policy.tiers]
     known = [
@@ -140,12 +142,14 @@ class FusedTiers(Tiers):
         least = policy.sinks + policy.recent + policy.block
         most = max(end, held)
         room = least if most <= least else most + policy.block
+        first = held - self._last
         made = []
         for side in (0, 1):
-            exact = [pair[side] for pair in (self._sinks, self._recent) if pair]
-            batch, heads, _, dim = exact[0].shape
-            fresh = exact[0].new_empty(batch, heads, room, dim)
-            torch.cat(exact, 2, out=fresh[:, :, :held]) if held else None
+            recent = self._recent[side]
+            fresh = recent.new_empty(*recent.shape[:2], room, recent.shape[3])
+            if self._sinks:
+                fresh[:, :, :first] = self._sinks[side]
+            fresh[:, :, first:held] = recent
             made.append(fresh)
         self._buffer = made[0], made[1]
         self._see(held)
@@ -155,7 +159,7 @@ class FusedTiers(Tiers):
         assert self._buffer is not None
         keys, values = self._buffer
         first = min(self.policy.sinks, end)
-        if first:
+        if self.policy.sinks:
             self._sinks = keys[:, :, :first], values[:, :, :first]
         self._recent = keys[:, :, first:end], values[:, :, first:end]
 

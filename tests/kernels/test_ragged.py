@@ -18,7 +18,7 @@ from kvtune_kernels import (
     plane_table,
     ragged_launch,
 )
-from kvtune_kernels.ragged_launch import unsupported_ragged
+from kvtune_kernels.ragged_launch import attend_ragged, unsupported_ragged
 from ragged_layers import FOUR, SIDES, TWO_PAGES, Layer, ask, by_the_book, layer
 from torch import Tensor
 
@@ -180,3 +180,25 @@ def test_what_no_kernel_reads_is_read_in_plain_torch(device: torch.device) -> No
     with implementation("reference"):
         out = wide.attend(ask(wide)).double()
     torch.testing.assert_close(out, by_the_book(wide, ask(wide)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sides", ["16 bits", TWO_PAGES])
+def test_answers_over_several_stores_merge_by_what_is_told(
+    sides: str, softcap: float | None, impl: str, device: torch.device
+) -> None:
+    found = layer(SIDES[sides], device)
+    bare = layer((None, None), device, [[0] * found.marks.shape[1]] * 2)
+    query = ask(found)
+    none = torch.zeros(2, dtype=torch.int32, device=device)
+    told = torch.empty(2, *query.shape[:3], device=device)
+    given: dict[str, Any] = {"scale": 0.3, "softcap": softcap}
+    with implementation(impl):
+        kept = found.attend(query, known=none, told=told[0], **given)
+        exact = attend_ragged(query, bare.keys, bare.values, *found.exact, told=told[1], **given)
+        whole = found.attend(query, **given)
+    assert told[0, 0, :2].isneginf().all(), "a head without tokens"
+    weights = told.softmax(0)[..., None]
+    both = kept * weights[0] + exact * weights[1]
+    assert float((both - whole).norm()) <= NEAR * float(whole.norm())
