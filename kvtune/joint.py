@@ -84,8 +84,9 @@ def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) ->
     """One place for each layer. A triple costs what its tokens cost at 16 bits, and what each chain
     costs beyond that under the same tokens.
 
-    Of each side, and under each selection, chains that another beats in bytes and price are left
-    out, but for those that are best of all layers alike: prices add up, so no best recipe has them.
+    Of each side, and under each selection, chains are left out that another of the same axes beats
+    in bytes and price, in their layer and where all layers are alike: prices add up, so no best
+    recipe has them.
     """
     prices = profile.prices()
     sheets = {
@@ -129,8 +130,12 @@ def _worth(sheet: Sheet, side: Side, select: Select, alike: Alike) -> list[Chain
 
 
 def _best(sized: Mapping[Chain, Sized]) -> list[Chain]:
-    rungs = [Rung(chain, *own) for chain, own in sized.items()]
-    return [rung.chain for rung in undominated(rungs) if isinstance(rung.chain, Chain)]
+    """What no other beats that saves by the same axes, so that each has a front of its own."""
+    kinds: dict[frozenset[str], list[Rung]] = {}
+    for chain, own in sized.items():
+        kinds.setdefault(Triple(None, chain, Chain()).axes, []).append(Rung(chain, *own))
+    best = itertools.chain.from_iterable(map(undominated, kinds.values()))
+    return [rung.chain for rung in best if isinstance(rung.chain, Chain)]
 
 
 def common(surrogate: Surrogate) -> list[Triple]:
