@@ -16,6 +16,7 @@ from kvtune.space import SIDES, WHOLE, Choices, Opened, Side, Triple
 from kvtune.surrogate import Assignment, Place, Rung, Surrogate, undominated
 
 Select = Selector | None
+Sizes = dict[tuple[Side, Chain, Select, int, int], int]  # of layers that are alike
 Sized = tuple[int, float]  # bytes and price of one chain beside 16 bits
 
 
@@ -23,11 +24,17 @@ class Sheet:
     """What one layer's settings cost, in bytes at a context and in priced nats."""
 
     def __init__(
-        self, layer: int, own: Opened, prices: Mapping[Cell, float], known: LayerFacts, context: int
+        self,
+        layer: int,
+        own: Opened,
+        prices: Mapping[Cell, float],
+        known: LayerFacts,
+        context: int,
+        sizes: dict[tuple[int, ...], Sizes],
     ) -> None:
         self.own, self._layer, self._prices = own, layer, prices
         self._shape, self._at = (known.kv_heads, known.head_dim), (context, known.query_heads)
-        self._sizes: dict[tuple[Side, Chain, Select, int, int], int] = {}
+        self._sizes = sizes.setdefault((own.sinks, own.recent, *self._shape, *self._at), {})
 
     @property
     def selects(self) -> tuple[Select, ...]:
@@ -89,8 +96,9 @@ def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) ->
     recipe has them.
     """
     prices = profile.prices()
+    sizes: dict[tuple[int, ...], Sizes] = {}
     sheets = {
-        layer: Sheet(layer, own, prices, known.layers[layer], context)
+        layer: Sheet(layer, own, prices, known.layers[layer], context, sizes)
         for layer, own in choices.items()
     }
     alike = _alike(list(sheets.values()))
