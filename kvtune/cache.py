@@ -83,10 +83,11 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the allocator holds: codes, scales, zeros,
-        sinks, windows, slack and fitted tensors, in all layers."""
+        """Bytes that the allocator holds: codes, scales, zeros, sinks, windows, slack and fitted
+        tensors, in all layers, and tables by which several layers turn keys."""
         fitted = sum(x.untyped_storage().nbytes() for x in self._made_of[3].values())
-        return sum(_nbytes(layer) for layer in self.layers) + fitted
+        turns = sum(rope.nbytes for rope in set(self._made_of[2].values()))
+        return sum(_nbytes(layer) for layer in self.layers) + fitted + turns
 
 
 def _nbytes(layer: Any) -> int:

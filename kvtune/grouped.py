@@ -71,7 +71,7 @@ class GroupedLayer(LendingLayer):
     def _fuses(self, keys: Tensor) -> bool:
         return False  # rows read latents by kernels of their own where they can
 
-    def _rows(self, members: list[int], pad: int) -> Rows:
+    def _rows(self, members: list[int], pad: int, keys: Tensor) -> Rows:
         return GroupedRows(self.policy, self._sites, self._bond.members(self._index, pad))
 
 

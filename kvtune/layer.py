@@ -8,14 +8,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from kvtune_kernels import Workspace, say_once
+from kvtune_kernels import Workspace
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvtune.attention import Reading
 from kvtune.errors import UnsupportedError
 from kvtune.fused import FusedRows, serves
-from kvtune.in_cache import InCache
+from kvtune.fused_tiers import make_tiers
 from kvtune.pages import MakeSite
 from kvtune.policy import Policy
 from kvtune.rows import Rows
@@ -293,24 +293,20 @@ class CompressedLayer(CacheLayerMixin):
         for pad in sorted(set(pads)):
             members = [row for row, own in enumerate(pads) if own == pad]
             own = [pad] * len(members)
-            self._groups.append(Group(members, own, self._rows(members, pad)))
+            self._groups.append(Group(members, own, self._rows(members, pad, keys)))
 
     def _fuses(self, keys: Tensor) -> bool:
-        """Whether kernels store and read the layer."""
-        if self.policy.select is None:
-            return serves(self.policy, keys)
-        if keys.is_cuda:
-            say_once("Kernels read no layer that selects tokens; it runs in plain torch.")
-        return False
+        """Whether kernels store and read all rows together."""
+        return self.policy.select is None and serves(self.policy, keys)
 
-    def _rows(self, members: list[int], pad: int) -> Rows | Tiers:
-        """Empty rows with so much padding, in plain torch."""
+    def _rows(self, members: list[int], pad: int, keys: Tensor) -> Rows | Tiers:
+        """Empty rows with so much padding, for tokens as `keys` [B, H, T, D]."""
         if self.policy.select is None:
             return Rows(self.policy, self._sites)
         layer = self._sites[0](torch.arange(0), torch.float32).layer
         spot = self._shared.spot(layer)
-        kind = InCache if self.policy.select.in_cache else Tiers
-        tiers = kind(self.policy, self._sites, spot.of_heads(*self.heads) if self.heads else spot)
+        spot = spot.of_heads(*self.heads) if self.heads else spot
+        tiers = make_tiers(self.policy, self._sites, spot, self._shared.workspace, keys)
         tiers.ahead, tiers.waits = self._shared.ahead, self._shared.waits
         if self._shared.kinds is not None:
             tiers.kinds = self._shared.kinds[members][:, pad:]

@@ -53,7 +53,8 @@ class Profile:
     moments.{keys,values,queries} [L, H, D, D], means [L, H, D] and samples [L, H, n, D] of pre-RoPE
     keys and queries and of values, joint.{keys,values} of all heads at once, cached.* as they are
     cached (see `moments`), moments.outputs and moments.pulls of attention;
-    mass.{sinks,recent,entropy,coverage90} [L, Hq].
+    mass.{sinks,recent,entropy,coverage90} [L, Hq]; tokens.* are what budgets of tokens go by (see
+    `occupancy`).
     """
 
     cells: tuple[Cell, ...]

@@ -205,4 +205,7 @@ def prove(
         context = read(model, cache, tokens, tokenizer=tokenizer, draft=draft)
     quality = by_generation(model, cache, bank, steps, context)
     weight = weigh(policies, known, bytes_context, batch)
+    if cache.shortener and cache.shortener.budget < bytes_context:
+        read_at_most = weigh(policies, known, cache.shortener.budget, batch)
+        weight = weight._replace(bytes=read_at_most.bytes)  # against a dense prompt, read whole
     return Proof.of(quality, weight, sizes.context, bytes_context, batch)

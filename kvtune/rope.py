@@ -28,6 +28,12 @@ class Rope:
         default_factory=dict, init=False, repr=False
     )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables that are remembered."""
+        tables = [x for pair in self._ranges.values() for x in pair]
+        return sum(x.untyped_storage().nbytes() for x in tables)
+
     def turn(self, x: Tensor, positions: Positions) -> Tensor:
         """Returns post-RoPE keys from pre-RoPE keys."""
         return self._rotate(x, positions, inverse=False)

@@ -130,18 +130,25 @@ class Tiers(Held):
         softcap: float | None,
     ) -> Tensor:
         """As `attend`, of tokens among which nothing leaves the window."""
-        count = keys.shape[2]
         self._extend(keys, values)
-        every = self.read(query.dtype)
-        mask = causal(count, every[0].shape[2], keys.device) if count > 1 else None
-        out = attend(query, *every, mask, scale, softcap)
+        out, got = self._answered(query, scale, softcap)
         beside = self._beside.asked(query, self._remembers).marked(self._known)
-        if beside.sums is not None:
-            beside = beside.looked_at(self._of_known(received(query, every[0], scale, softcap)))
-        self._beside = beside
+        self._beside = beside if got is None else beside.looked_at(got)
         if self._settle(self.policy.block):
             self._own()
         return out
+
+    def _answered(
+        self, query: Tensor, scale: float | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is read for queries [B, Hq, n, D] of the last tokens; and, where it is summed up,
+        what those that compete [B, H, m] got of them."""
+        every, count = self.read(query.dtype), query.shape[2]
+        mask = causal(count, every[0].shape[2], query.device) if count > 1 else None
+        out = attend(query, *every, mask, scale, softcap)
+        if self._beside.sums is None:
+            return out, None
+        return out, self._of_known(received(query, every[0], scale, softcap))
 
     @property
     def _known(self) -> int:

@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 
 from kvtune.bench import decode
 from kvtune.bench.decode import COMPRESSED, DENSE, Decoding, Run, compare, verdict
+from kvtune.errors import UnsupportedError
+from kvtune.recipe import loads
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,34 @@ def test_both_caches_hold_the_context_and_take_the_steps(small: Any) -> None:
         tokens = decoding._generated(torch.full((2, 301), 11), cache, 5)
         assert tokens.shape == (2, 306) and cache.get_seq_length() == 305
     assert cache.layers[1].keys.shape == (2, 1, 305, 64)
+
+
+SELECTING = """kvtune = 1
+name = "selecting"
+[[layers]]
+span = "all"
+sinks = 4
+recent = 60
+select = { use = "NAME", budget = 128 }
+"""
+
+
+@pytest.mark.parametrize("name", ["snapkv", "attention", "knorm", "kvzip", "tova"])
+def test_a_recipe_that_selects_tokens_decodes_behind_what_it_keeps(small: Any, name: str) -> None:
+    recipe = loads(SELECTING.replace("NAME", name), name)
+    decoding = Decoding(small, recipe, 300, 3)
+    cache = decoding._filled(COMPRESSED, 2)
+    held = [layer.groups[0].rows for layer in cache.layers]
+    assert [rows.read(torch.float32)[0].shape[2] for rows in held] == [128, 128]
+    tokens = decoding._generated(torch.full((2, 301), 11), cache, 5)
+    assert tokens.shape == (2, 306) and cache.get_seq_length() == 305
+    assert decoding._row[COMPRESSED] < decoding._row[DENSE] / 2
+
+
+def test_a_selector_that_reads_the_text_is_refused(small: Any) -> None:
+    recipe = loads(SELECTING.replace("NAME", "draft"), "draft")
+    with pytest.raises(UnsupportedError, match="needs ahead, which a random context does not have"):
+        Decoding(small, recipe, 300, 3)._filled(COMPRESSED, 1)
 
 
 def run(kind: str, batch: int, rate: float, largest: bool = False) -> Run:

@@ -51,6 +51,8 @@ def test_it_is_proved_and_asked(name: str, place: Path, kv: cli_tiny.Caller) -> 
     data = kv.json(*words(place, name), *sizes, "--data", place / "text.txt", *suite)["data"]
     assert data["proof"]["kl"] > 0
     assert data["suite"]["tasks"]["passkey"]
+    if name == "specpc":
+        assert data["proof"]["ratio"] > 10, "100 tokens of 1,024 are read"
 
 
 @pytest.mark.parametrize("name", ["draft", "specpc"])

@@ -118,6 +118,30 @@ def test_fit_of_a_recipe_without_fits_binds_it_alone(tuned: Path, place: Path, k
     assert recipes.load(target).model is not None
 
 
+SHARED = """kvtune = 1
+[[layers]]
+span = "all"
+sinks = 4
+recent = 16
+select = { use = "attention", budget = 64 }
+allot = { use = "priced" }
+"""
+
+
+def test_fit_writes_budgets_that_layers_share(tuned: Path, place: Path, kv: Any) -> None:
+    file, target = place / "shared.toml", place / "shared"
+    file.write_text(SHARED)
+    refused = kv("apply", file, "--model", place / "model", "--prompt", "print")
+    assert refused.code == 2 and "kvtune fit RECIPE --profile" in refused.told
+    said = kv("fit", file, "--profile", tuned, "-o", target)
+    assert said.code == 0, said.err
+    entries = recipes.load(target).layers
+    assert f"budgets of {len(entries)} groups of layers" in said.out
+    assert not any(entry.allot for entry in entries)
+    said = kv("apply", target, "--model", place / "model", "--prompt", "print")
+    assert said.code == 0, said.err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -63,6 +63,10 @@ def test_heads_are_found_and_fitted(place: Path, kv: cli_tiny.Caller, tmp_path: 
     for layer in (0, 1):
         heads = held[f"layer.{layer}.select.retrieval_heads.heads"]
         assert torch.equal(heads, torch.arange(2) == scores[layer].argmax())
+    asked = ("--prompt", "The road leads north. " * 20, "--max-new-tokens", "4")
+    told = kv.json("apply", made, "--model", place / "model", *asked)["data"]
+    assert told["new_tokens"] == 4
+    assert told["ratio"] > 1.2
 
 
 def test_without_scores_a_fit_says_which_run_makes_them(

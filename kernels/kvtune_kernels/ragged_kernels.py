@@ -151,10 +151,13 @@ def attend_items(
 
 @triton.jit(do_not_specialize=["heads", "share", "count"])
 def merge_items(
-    OUT, LSE, RESULT, FIRST, r_b, r_h, r_m, heads, share, count,
+    OUT, LSE, RESULT, TOLD, FIRST, r_b, r_h, r_m, heads, share, count, TELL: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, PARTS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Joins the parts of each head, from FIRST on: one program for each query and query head."""
+    """Joins the parts of each head, from FIRST on: one program for each query and query head.
+
+    With TELL, TOLD [B, Hq, M] gets the log-sum-exp of all logits, to the base e.
+    """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()  # launched while the parts are still on their way
@@ -164,9 +167,13 @@ def merge_items(
     first = tl.load(FIRST + bh)
     parts = tl.load(FIRST + bh + 1) - first
     place = first.to(tl.int64) * (share * count) + column
-    _, total, acc = joined(OUT, LSE, place, parts, share * count, D, D2, PARTS, FEW)
+    top, total, acc = joined(OUT, LSE, place, parts, share * count, D, D2, PARTS, FEW)
     b = (bh // heads).to(tl.int64)
     h = bh % heads * share + column // count
     channel = tl.arange(0, D2)
     where = RESULT + b * r_b + h * r_h + column % count * r_m + channel
     tl.store(where, (acc / total).to(RESULT.dtype.element_ty), mask=channel < D)
+    if TELL:
+        told = (top + tl.log2(total)) * 0.6931471805599453
+        place = (b * heads * share + h) * count + column % count
+        tl.store(TOLD + place, tl.where(top > FAR, told, -float("inf")))

@@ -148,15 +148,17 @@ def _runs_triton(query: Tensor, keys: Ragged, values: Ragged, exact: Tensor) -> 
 def attend_ragged(
     query: Tensor, keys: Ragged, values: Ragged, exact_keys: Tensor, exact_values: Tensor,
     scale: float | None = None, softcap: float | None = None, workspace: Workspace | None = None,
-    known: Tensor | None = None,
+    known: Tensor | None = None, told: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D] over the kept tokens of each head and exact ones [B, H, R, D].
 
     All queries see all kept tokens. Query m of M sees the exact tokens but the last M - 1 - m, as
     the last M of them are the queries' own; in which order those before them lie does not matter.
     `known` int32 [B] counts the exact tokens of each row, where they are fewer than R. A head
-    without any tokens answers 0. The plan of the programs is made at the first call for a shape and
-    kept with `keys`: make that call before a CUDA graph is captured.
+    without any tokens answers 0. `told`, float32 [B, Hq, M] in one piece, gets the log-sum-exp of
+    each query's logits, by which answers over several stores are merged. The plan of the programs
+    is made at the first call for a shape and kept with `keys`: make that call before a CUDA graph
+    is captured.
 
     Returns:
         [B, Hq, M, D] in the dtype of the query.
@@ -167,7 +169,7 @@ def attend_ragged(
     _check(query, keys, values, exact_keys, exact_values)
     if not _runs_triton(query, keys, values, exact_keys):
         return ragged_reference.attend_ragged(
-            query, keys, values, exact_keys, exact_values, scale, softcap, known
+            query, keys, values, exact_keys, exact_values, scale, softcap, known, told
         )
     workspace = workspace or Workspace()
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -201,8 +203,9 @@ def attend_ragged(
     result = result.transpose(1, 2)  # what follows wants [B, M, Hq, D]
     many = triton.next_power_of_2(plan.most)
     kernels.merge_items[(batch * query_heads * count,)](
-        out, lse, result, plan.first, *result.stride()[:3], heads, share, count, D=dim, D2=wide,
-        PARTS=many, FEW=min(many, 8192 // wide), num_warps=4, **waiting(query.device),
+        out, lse, result, lse if told is None else told, plan.first, *result.stride()[:3],
+        heads, share, count, TELL=told is not None, D=dim, D2=wide, PARTS=many,
+        FEW=min(many, 8192 // wide), num_warps=4, **waiting(query.device),
     )  # fmt: skip
     return result
 

@@ -22,6 +22,7 @@ def decode_ragged(
 def attend_ragged(
     query: Tensor, keys: Ragged, values: Ragged, exact_keys: Tensor, exact_values: Tensor,
     scale: float | None = None, softcap: float | None = None, known: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Answers query [B, Hq, M, D] head by head; see `ragged_launch.attend_ragged`."""
     batch, query_heads, count, dim = query.shape
@@ -43,4 +44,10 @@ def attend_ragged(
                 mask = place <= last[:, None]
                 asked = query[b : b + 1, own].float()
                 out[b : b + 1, own] = attend(asked, *sides, mask, scale, softcap)
+                if told is not None:
+                    logits = asked[0] @ sides[0][0, 0].T * (dim**-0.5 if scale is None else scale)
+                    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                    told[b, own] = logits.masked_fill(~mask, float("-inf")).logsumexp(-1)
+            elif told is not None:
+                told[b, h * share : (h + 1) * share] = float("-inf")
     return out.to(query.dtype)

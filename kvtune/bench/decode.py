@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvtune.bench.cases import Goal
 from kvtune.cache import load, weigh
-from kvtune.errors import ResourceError
+from kvtune.errors import ResourceError, UnsupportedError
 from kvtune.models import Facts, facts
+from kvtune.policy import Policy
 from kvtune.recipe import Recipe, loads
+from kvtune.view import Observed
 
 COMPRESSED, DENSE = "compressed", "dense"
 LARGEST = 0  # stands for the batch that fits
@@ -155,10 +157,36 @@ class Decoding:
             size = (1, layer.kv_heads, self.context, layer.head_dim)
             keys, values = (self._drawn(size).expand(batch, -1, -1, -1) for _ in range(2))
             if hasattr(cache.layers[index], "fill"):
-                cache.layers[index].fill(keys, values)
+                policy = cache.policies[index]
+                observed = self._observed(policy, keys, layer.query_heads)
+                cache.layers[index].fill(keys, values, observed)
             else:
                 cache.update(keys, values, index)
         return cache
+
+    def _observed(self, policy: Policy, keys: Tensor, query_heads: int) -> Observed | None:
+        """What a selector is told of a random context [B, H, T, D]: queries and attention that say
+        nothing, so it keeps as many tokens as ever, anywhere.
+
+        Raises:
+            UnsupportedError: it wants to know more, of a draft model or of the text itself.
+        """
+        if policy.select is None:
+            return None
+        needs, (batch, heads, count, dim) = policy.needs, keys.shape
+        if odd := sorted(needs & {"ahead", "kinds"}):
+            raise UnsupportedError(
+                f"{policy.select.name()} needs {odd[0]}, which a random context does not have.",
+                "Give a recipe with another selector.",
+            )
+        found = Observed()
+        if needs & {"attention", "replay"}:
+            got = torch.rand(1, heads, count, device=keys.device)
+            found = found._replace(attention=got.expand(batch, -1, -1))
+        if "queries" in needs:
+            size = (1, query_heads, min(count, policy.observed), dim)
+            found = found._replace(queries=self._drawn(size).expand(batch, -1, -1, -1))
+        return found
 
     def _drawn(self, size: tuple[int, ...]) -> Tensor:
         return torch.randn(size, dtype=self.model.dtype, device=self.model.device)

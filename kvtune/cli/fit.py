@@ -116,6 +116,8 @@ def fit(
         "next": f"kvtune apply {folder} --model {training.model or 'MODEL'}",
     }
     what = f"{len(tensors)} tensors, {size(nbytes)}" if tensors else "nothing to fit"
+    if bound.layers != read.layers:
+        what = f"budgets of {len(bound.layers)} groups of layers{f', {what}' if tensors else ''}"
     out.print(f"{folder} holds the recipe: {what}. Next:\n\n  {out.data['next']}")
 
 

@@ -12,7 +12,8 @@ class Kvzip(Selector):
     """score = the most attention a token got while the context was read again behind itself.
 
     KVzip (arXiv:2505.23416): no question is known yet, so what a repetition needs is kept. It costs
-    one to two prefills more, see `kvtune.replay`.
+    one to two prefills more, see `kvtune.replay`. The paper leaves it at the context; here tokens
+    behind it compete as well, by the attention that they get, which is added up for all.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"replay"})

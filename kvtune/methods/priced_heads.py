@@ -23,4 +23,4 @@ class PricedHeads(Allocator):
         tokens that leave the window, the same everywhere and ascending, and its cost in nats."""
         shares, prices = stats.tensors["tokens.prices_by_head"].double().unbind(-1)
         found = cheapest(shares[0, 0], prices.flatten(0, 1), mean, stats.least, stats.most)
-        return found.unflatten(0, prices.shape[:2])
+        return found.reshape(prices.shape[:2])
