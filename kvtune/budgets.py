@@ -11,7 +11,7 @@ from kvtune.knapsack import Knapsack, unit_of
 from kvtune.space import SIDES
 from kvtune.surrogate import Assignment, Place, Rung, Size, Surrogate, by_bytes, undominated
 
-COARSER = 1 << 16  # sums of whole layers' sizes, of which slopes take a knapsack each
+COARSER = 1 << 16  # sums of sizes where there are too many: slopes take a knapsack each
 
 
 def by_time(rung: Rung) -> int:
