@@ -11,6 +11,8 @@ from kvtune.knapsack import Knapsack, unit_of
 from kvtune.space import SIDES
 from kvtune.surrogate import Assignment, Place, Rung, Size, Surrogate, by_bytes, undominated
 
+COARSER = 1 << 16  # sums of sizes where there are too many: slopes take a knapsack each
+
 
 def by_time(rung: Rung) -> int:
     """What a latency budget counts, in tenths of a microsecond."""
@@ -100,7 +102,7 @@ class Budgets:
             rungs = whole.sloped(slope, whole.growth)
             ladders = {place: undominated(own, self._size) for place, own in rungs.items()}
             items = [[(self._size(r), r.price) for r in own] for own in ladders.values()]
-            found.append((ladders, Knapsack(items)))
+            found.append((ladders, Knapsack(items, unit_of(items, COARSER))))
         return found
 
     @cached_property

@@ -16,6 +16,7 @@ from kvtune.space import SIDES, WHOLE, Choices, Opened, Side, Triple
 from kvtune.surrogate import Assignment, Place, Rung, Surrogate, undominated
 
 Select = Selector | None
+Sizes = dict[tuple[Side, Chain, Select, int, int], int]  # of layers that are alike
 Sized = tuple[int, float]  # bytes and price of one chain beside 16 bits
 
 
@@ -23,11 +24,17 @@ class Sheet:
     """What one layer's settings cost, in bytes at a context and in priced nats."""
 
     def __init__(
-        self, layer: int, own: Opened, prices: Mapping[Cell, float], known: LayerFacts, context: int
+        self,
+        layer: int,
+        own: Opened,
+        prices: Mapping[Cell, float],
+        known: LayerFacts,
+        context: int,
+        sizes: dict[tuple[int, ...], Sizes],
     ) -> None:
         self.own, self._layer, self._prices = own, layer, prices
         self._shape, self._at = (known.kv_heads, known.head_dim), (context, known.query_heads)
-        self._sizes: dict[tuple[Side, Chain, Select, int, int], int] = {}
+        self._sizes = sizes.setdefault((own.sinks, own.recent, *self._shape, *self._at), {})
 
     @property
     def selects(self) -> tuple[Select, ...]:
@@ -84,12 +91,14 @@ def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) ->
     """One place for each layer. A triple costs what its tokens cost at 16 bits, and what each chain
     costs beyond that under the same tokens.
 
-    Of each side, and under each selection, chains that another beats in bytes and price are left
-    out, but for those that are best of all layers alike: prices add up, so no best recipe has them.
+    Of each side, and under each selection, chains are left out that another of the same axes beats
+    in bytes and price, in their layer and where all layers are alike: prices add up, so no best
+    recipe has them.
     """
     prices = profile.prices()
+    sizes: dict[tuple[int, ...], Sizes] = {}
     sheets = {
-        layer: Sheet(layer, own, prices, known.layers[layer], context)
+        layer: Sheet(layer, own, prices, known.layers[layer], context, sizes)
         for layer, own in choices.items()
     }
     alike = _alike(list(sheets.values()))
@@ -129,8 +138,12 @@ def _worth(sheet: Sheet, side: Side, select: Select, alike: Alike) -> list[Chain
 
 
 def _best(sized: Mapping[Chain, Sized]) -> list[Chain]:
-    rungs = [Rung(chain, *own) for chain, own in sized.items()]
-    return [rung.chain for rung in undominated(rungs) if isinstance(rung.chain, Chain)]
+    """What no other beats that saves by the same axes, so that each has a front of its own."""
+    kinds: dict[frozenset[str], list[Rung]] = {}
+    for chain, own in sized.items():
+        kinds.setdefault(Triple(None, chain, Chain()).axes, []).append(Rung(chain, *own))
+    best = itertools.chain.from_iterable(map(undominated, kinds.values()))
+    return [rung.chain for rung in best if isinstance(rung.chain, Chain)]
 
 
 def common(surrogate: Surrogate) -> list[Triple]:

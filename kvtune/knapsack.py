@@ -12,11 +12,13 @@ STATES = 1 << 18  # past this many distinct sums sizes are rounded up to a commo
 Item = tuple[int, float]  # size, price
 
 
-def unit_of(groups: Sequence[Sequence[Item]]) -> int:
-    """The unit that sizes are counted in: their common divisor, or more where sums are too many."""
+def unit_of(groups: Sequence[Sequence[Item]], states: int = STATES) -> int:
+    """The unit that sizes are counted in: their common divisor; where sums are too many for that,
+    so much that there are `states` of them."""
     most = sum(max(size for size, _ in group) for group in groups)
     common = math.gcd(*(size for group in groups for size, _ in group))
-    return max(common, math.ceil(most / STATES), 1)
+    few = most <= STATES * common
+    return max(common, 1) if few else max(common, math.ceil(most / states), 1)
 
 
 class Knapsack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,8 @@ class Rung:
     def grown(self, growth: Growth, slope: float) -> Rung:
         """With parts rescaled so that prices still add up, tokens by a slope of their growth."""
         tokens, keys, values = self.parts
-        return replace(self, price=growth.kl(keys, values) + slope * tokens)
+        price = growth.kl(keys, values) + slope * tokens
+        return Rung(self.chain, self.bytes, price, self.time, self.parts)
 
 
 PARTS = ("tokens", "keys", "values")

@@ -35,7 +35,7 @@ from kvtune.search import Limits, Search
 from kvtune.space import Triple, axes, opened
 from kvtune.study import front
 from kvtune.surrogate import Place, Rung, Surrogate
-from kvtune.views import OWN
+from kvtune.views import OWN, saving_by
 
 BITS = '[{ use = "affine", bits = "search", group = 32, axis = "channel" }]'
 RANK = '[{ use = "derope" }, { use = "svd", rank = 0.5, basis = "calibrated" }]'
@@ -112,6 +112,13 @@ def test_every_axis_has_a_front_of_its_own_among_the_starts(search: Search) -> N
         assert all(found <= used for name, found in met.items() if name.startswith(kind))
     joint = [v for k, v in search.layout.bases.items() if k.startswith("knapsack")]
     assert any(axes(search.layout.policies(base)) >= {"tokens", "bits"} for base in joint)
+
+
+def test_the_smallest_recipe_of_rank_alone_projects_every_layer(search: Search) -> None:
+    (alone,) = saving_by(search.layout.views, OWN["rank alone"]).values()
+    solver = Budgets(alone.whole)
+    smallest = solver.best(solver.range[0]).values()
+    assert all(isinstance(own, Triple) and own.keys.projects for own in smallest)
 
 
 def test_nothing_of_fewer_axes_is_predicted_to_beat_the_joint_front(search: Search) -> None:
