@@ -102,7 +102,7 @@ class Growth:
     @property
     def is_additive(self) -> bool:
         """Whether sums with a scale of each side were enough."""
-        return self.keys[1] == self.values[1] == 1 and self.cross == 0
+        return self.keys[1] == self.values[1] == self.tokens[1] == 1 and self.cross == 0
 
     def table(self) -> dict[str, Any]:
         """Plain values."""

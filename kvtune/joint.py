@@ -30,8 +30,10 @@ class Sheet:
         prices: Mapping[Cell, float],
         known: LayerFacts,
         context: int,
+        measured: int,
         sizes: dict[tuple[int, ...], Sizes],
     ) -> None:
+        self._measured = measured
         self.own, self._layer, self._prices = own, layer, prices
         self._shape, self._at = (known.kv_heads, known.head_dim), (context, known.query_heads)
         self._sizes = sizes.setdefault((own.sinks, own.recent, *self._shape, *self._at), {})
@@ -40,6 +42,13 @@ class Sheet:
     def selects(self) -> tuple[Select, ...]:
         """All tokens, and every selection that is opened."""
         return None, *self.own.selects
+
+    def drops(self, select: Select, keys: Chain, values: Chain) -> bool:
+        """Whether a selection drops any tokens of the contexts that prices and trials measure:
+        tokens compete in blocks, and before one is whole nothing is told of what it costs."""
+        if select is None:
+            return True
+        return self.own.policy(keys, values, select).due(self._measured) > 0
 
     def tokens(self, select: Select) -> float:
         """What a selection costs while both sides are dense."""
@@ -50,11 +59,10 @@ class Sheet:
         measured it is interpolated."""
         if not chain.codecs:
             return 0.0
-        at = [1.0 if one is None else one.share for one in self.own.anchors][::-1]
-        found = [
-            max(0.0, self._priced(side, chain, one) - self.tokens(one))
-            for one in self.own.anchors[::-1]
-        ]
+        pair = (chain, Chain()) if side == "keys" else (Chain(), chain)
+        anchors = [one for one in self.own.anchors[::-1] if self.drops(one, *pair)]
+        at = [1.0 if one is None else one.share for one in anchors]
+        found = [max(0.0, self._priced(side, chain, one) - self.tokens(one)) for one in anchors]
         return float(np.interp(1.0 if select is None else select.share, at, found))
 
     def size(self, side: Side, chain: Chain, other: Chain, select: Select) -> int:
@@ -87,9 +95,12 @@ class Sheet:
         return self._prices[cell]
 
 
-def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) -> Surrogate:
-    """One place for each layer. A triple costs what its tokens cost at 16 bits, and what each chain
-    costs beyond that under the same tokens.
+def surrogate(
+    choices: Choices, profile: Profile, known: Facts, context: int, measured: int
+) -> Surrogate:
+    """One place for each layer: bytes are those at a context, prices of contexts of `measured`
+    tokens. A triple costs what its tokens cost at 16 bits, and what each chain costs beyond that
+    under the same tokens.
 
     Of each side, and under each selection, chains are left out that another of the same axes beats
     in bytes and price, in their layer and where all layers are alike: prices add up, so no best
@@ -98,7 +109,7 @@ def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) ->
     prices = profile.prices()
     sizes: dict[tuple[int, ...], Sizes] = {}
     sheets = {
-        layer: Sheet(layer, own, prices, known.layers[layer], context, sizes)
+        layer: Sheet(layer, own, prices, known.layers[layer], context, measured, sizes)
         for layer, own in choices.items()
     }
     alike = _alike(list(sheets.values()))
@@ -110,6 +121,7 @@ def surrogate(choices: Choices, profile: Profile, known: Facts, context: int) ->
             for keys, values in itertools.product(
                 *(_worth(sheet, side, select, alike) for side in SIDES)
             )
+            if sheet.drops(select, keys, values)
         ]
         rungs[Place(layer, WHOLE)] = tuple(sorted(found, key=lambda rung: (rung.bytes, rung.price)))
     return Surrogate(rungs)

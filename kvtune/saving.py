@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvtune.cache import layer_bytes
 from kvtune.chains import Chain
 from kvtune.errors import UsageError
 from kvtune.models import Facts
 from kvtune.policy import Policy
+from kvtune.retention import Selector
 from kvtune.space import SIDES, Choices, Opened, Side
 
 Shape = tuple[int, int]  # kv heads and head_dim
@@ -82,7 +84,7 @@ def _kept(own: Opened, layer: int, context: int, reasons: dict[str, None]) -> Op
     # windows of both sides wait for the longest block of either
     block = math.lcm(*(chain.block for side in SIDES for chain in own.chains(side)))
     held = max(0, context - own.sinks - own.recent) // block * block + own.sinks + own.recent
-    kept = {}
+    kept: dict[str, Any] = {}
     for side in SIDES:
         told = {
             chain: unsaving(own.cell(side, chain), side, chain, own.shape, held)
@@ -95,4 +97,21 @@ def _kept(own: Opened, layer: int, context: int, reasons: dict[str, None]) -> Op
                 f"No setting of layer {layer}'s {side} saves bytes: {next(iter(told.values()))}.",
                 'Take a longer context, or open basis = "calibrated" as well.',
             )
-    return replace(own, keys=kept["keys"], values=kept["values"])
+    return replace(own, **kept, selects=_dropping(own, context, reasons))
+
+
+def _dropping(own: Opened, context: int, reasons: dict[str, None]) -> tuple[Selector, ...]:
+    """The selections that drop any tokens at a context, whatever is done with the others."""
+    found = []
+    for select in own.selects:
+        policy = own.policy(Chain(), Chain(), select)
+        if policy.due(context):
+            found.append(select)
+        else:
+            least = policy.sinks + policy.recent + policy.block
+            told = f"a share of {select.share:g} drops no token before {least:,} are there"
+            reasons |= {f"{told}; the context has {context:,}": None}
+    if own.selects and not found:
+        told = next(reversed(reasons))
+        raise UsageError(f"No share of tokens is worth a search: {told}.", "Take a longer context.")
+    return tuple(found)

@@ -173,7 +173,8 @@ class Search:
             )
 
         if any(own.selects for own in choices.values()):
-            whole = joint.surrogate(choices, self.profile, self.known, self.goal.context)
+            at = (self.goal.context, self.bench.bank.context)
+            whole = joint.surrogate(choices, self.profile, self.known, *at)
             return View(choices, whole, None)
         apart = any(own.per_head for own in choices.values())
         return View(choices, made(False), made(True) if apart else None)

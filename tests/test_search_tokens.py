@@ -257,3 +257,18 @@ def test_uniform_rivals_are_settings_that_every_layer_has(search: Search) -> Non
     assert {t.select and t.select.share for t in alike} == {None, 0.5, 0.25}
     for base in search.layout.rivals.values():
         assert len(set(base.chosen.values())) == 1
+
+
+def test_a_selection_that_drops_nothing_where_it_is_measured_is_no_choice(search: Search) -> None:
+    view = search.layout.views[""]
+    for place, rungs in view.whole.rungs.items():
+        for rung in rungs:
+            assert isinstance(rung.chain, Triple)
+            policy = view.choices[place.layer].policy_of(rung.chain)
+            assert policy.select is None or policy.due(256) > 0
+    some = opened(loads(template(OPEN.replace("0.25]", "0.15]"))), search.known)
+    windows, (reason,) = saving(some, search.known, 80)
+    assert reason == "a share of 0.15 drops no token before 81 are there; the context has 80"
+    assert [own.share for own in windows[""][0].selects] == [0.5]
+    with pytest.raises(UsageError, match="No share of tokens is worth a search"):
+        saving(some, search.known, 64)
