@@ -7,7 +7,7 @@ import pytest
 
 from kvtune import recipe as recipes
 from kvtune import space
-from kvtune.cache import weigh
+from kvtune.cache import layer_bytes, weigh
 from kvtune.cli import spelled
 from kvtune.entries import Tier
 from kvtune.errors import IntegrityError, UsageError
@@ -34,7 +34,6 @@ SOUND = {
     "rest": f"{SELECT}rest.keys = {TWO}\nrest.values = {FOUR}",
     "all": f"sinks = 4\nrecent = 64\n{SELECT}kept.keys = {FOUR}\nrest.values = {TWO}",
 }
-DEROPE = '[{ use = "derope" }]'
 REFUSED = {
     "rest-alone": ('rest = "drop"', "rest is what becomes of tokens that a selector passes over"),
     "rest-tier-alone": (f"rest.keys = {TWO}", "write select ="),
@@ -56,10 +55,17 @@ REFUSED = {
         "a layer that selects tokens is not searched",
     ),
     "open-window": (f'{SELECT}recent = "search"', "a layer that selects tokens is not searched"),
-    "heads": (
-        f'{SELECT}[[layers.heads]]\nspan = "0"',
-        "a layer that selects tokens treats its heads alike",
+    "heads-select-alone": (
+        '[[layers.heads]]\nspan = "0"\nselect = { use = "attention" }',
+        "belong to a layer that selects tokens",
     ),
+    "heads-and-allot": (
+        f'{SELECT}allot = {{ use = "pyramid" }}\n[[layers.heads]]\nspan = "0"',
+        "a layer lists its heads, or an allocator does",
+    ),
+    "merge-alone": ('merge = { use = "values_only" }', "belong to a layer that selects tokens"),
+    "no-merger": (f'{SELECT}merge = {{ use = "affine" }}', "merge takes a merger"),
+    "no-allocator": (f'{SELECT}allot = {{ use = "affine" }}', "allot takes an allocator"),
     "other-fate": (f'{SELECT}rest = "keep"', 'rest is "drop", or a tier'),
     "rest-key": (f"{SELECT}rest.kays = {TWO}", "unknown key layers.0.rest.kays"),
     "rest-codec": (f"{SELECT}rest.keys = [{{ use = 'affine', bits = 5 }}]", "layers.0.rest.keys"),
@@ -92,11 +98,14 @@ def test_what_is_not_said_of_the_rest_is_that_it_is_dropped() -> None:
     assert said[0].rest is None
 
 
-@pytest.mark.parametrize("tier", ["kept", "rest"])
-def test_a_codec_that_reads_positions_is_refused_where_they_differ_by_head(tier: str) -> None:
-    recipe = layer(f"{SELECT}{tier}.keys = {DEROPE}")
-    with pytest.raises(UsageError, match="derope turns tokens by their positions"):
-        recipe.policies(KNOWN)
+def test_heads_that_select_have_budgets_of_their_own() -> None:
+    body = 'select = { use = "snapkv", budget = 300 }\n[[layers.heads]]\nspan = "1"\n'
+    policy = layer(f'{body}select = {{ use = "snapkv", budget = 100 }}').policies(KNOWN)[0]
+    budgets = {own.heads: own.select.budget for own in policy.heads if own.select}
+    assert budgets == {(0, 2, 3): 300, (1,): 100}
+    weight = sum(layer_bytes(policy, 4, 64, 2048))
+    alone = [sum(layer_bytes(own, len(heads), 64, 2048)) for heads, own in policy.parts()]
+    assert weight == sum(alone), "stored bytes are the sum over heads"
 
 
 def test_what_is_fitted_is_fitted_for_one_chain_of_a_side() -> None:
@@ -133,7 +142,7 @@ def test_bits_are_those_of_both_tiers_in_their_shares() -> None:
     dropped = layer(SELECT).policies(KNOWN)[0]
     assert dropped.payload_bits == pytest.approx(4)
     assert not dropped.is_dense
-    with pytest.raises(ValueError, match="a rest has a selector"):
+    with pytest.raises(ValueError, match="a rest, and what is merged, has a selector"):
         Policy(rest=policy.rest)
 
 
