@@ -53,7 +53,7 @@ FLOORS = (
     "publish suite training",
     "bench bench.compositions bench.sharing bench.tiers bench.tokens bench.trials trainer tune",
     "bench.codecs bench.duel bench.endless bench.frontier bench.packing bench.scaling bench.whole",
-    "bench.cskv bench.lowrank",
+    "bench.cskv bench.lowrank bench.prefill",
     "cli.amounts cli.faults cli.smoke cli.spelled",
     "report.folder report.layers report.prices report.rank report.spectra",
     "report.axes report.figures report.sentences",
@@ -72,7 +72,7 @@ FLOORS = (
     "cli.tune",
     "cli.bench_codecs cli.bench_search cli.bench_tiers",
     "cli.bench_basis cli.bench_cskv cli.bench_latents cli.bench_lowrank cli.bench_pack",
-    "cli.bench_endless cli.bench_sharing cli.bench_tokens cli.bench_ragged",
+    "cli.bench_endless cli.bench_prefill cli.bench_sharing cli.bench_tokens cli.bench_ragged",
     "cli",
     "__main__",
 )

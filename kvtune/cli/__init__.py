@@ -28,6 +28,7 @@ def build() -> typer.Typer:
         bench_latents,
         bench_lowrank,
         bench_pack,
+        bench_prefill,
         bench_ragged,
         bench_search,
         bench_sharing,
@@ -84,6 +85,7 @@ def build() -> typer.Typer:
         bench_basis,
         bench_sharing,
         bench_pack,
+        bench_prefill,
         bench_endless,
         bench_tokens,
     )
