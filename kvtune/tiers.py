@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kvtune_kernels import attend
+from kvtune_kernels import attend, say_once
 from torch import Tensor
 
 from kvtune.attention import causal
@@ -169,6 +169,9 @@ class Tiers(Held):
         return torch.cat([got[:, :, first : first + self._kept], window], 2)
 
     def _settle_prompt(self, ahead: Tensor | None) -> None:
+        assert self._recent is not None
+        if self.seen > 1 and self._last <= self.policy.recent and not self._recent[0].is_meta:
+            say_once("A prompt no longer than sinks and window is kept whole: nothing is selected.")
         self._settle(self.policy.unit, ahead)
         if self._beside.queries is not None:
             end = self._beside.queries.shape[2] - (0 if ahead is None else ahead.shape[2])

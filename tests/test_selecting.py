@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvtune_kernels import say_once
 from torch import Tensor
 
 from kvtune import parts
@@ -197,3 +198,14 @@ def test_what_does_not_go_together_is_refused_in_words(llama: Any, refused: str)
     with pytest.raises((UsageError, recipes.IntegrityError), match=said):
         text = f'select = {{ use = "attention", {body}\n'
         recipes.loads(f'kvtune = 1\n[[layers]]\nspan = "all"\n{text}').policies(facts(llama.config))
+
+
+def test_a_prompt_no_longer_than_the_window_is_kept_whole_and_said_once(
+    llama: Any, play: Any, draw: Any
+) -> None:
+    say_once.cache_clear()
+    cache = load(made("snapkv"), llama)
+    with pytest.warns(UserWarning, match="kept whole: nothing is selected") as told:
+        play(llama, cache, draw(1, 10), [10])
+    assert len(told) == 1, "of all layers one says so"
+    assert cache.layers[0].groups[0].rows.moved == 0
