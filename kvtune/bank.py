@@ -66,6 +66,7 @@ class Bank:
     logits: dict[int, Scaled] = field(default_factory=dict)
     # keys [N, H, a, D] of tokens that were looked at behind the context; `queries` end in theirs
     ahead: dict[int, Tensor] = field(default_factory=dict)
+    replayed: bool = False  # `attention` is what a replay gave, not a sum
 
     @property
     def continuation(self) -> int:
@@ -93,6 +94,8 @@ class Bank:
         scale, softcap = self.logits[layer]
         found = Observed(scale=scale, softcap=softcap)
         if policy.needs & {"attention", "replay"}:
+            if self.replayed != ("replay" in policy.needs):
+                raise _unseen("a replay, or by sums of attention", "holds the other of")
             if layer not in self.attention:
                 raise _unseen("attention", "did not sum up")
             found = found._replace(attention=self.attention[layer])

@@ -209,3 +209,10 @@ def test_a_prompt_no_longer_than_the_window_is_kept_whole_and_said_once(
         play(llama, cache, draw(1, 10), [10])
     assert len(told) == 1, "of all layers one says so"
     assert cache.layers[0].groups[0].rows.moved == 0
+
+
+def test_a_bank_of_sums_is_not_taken_for_one_of_a_replay(llama: Any, draw: Any) -> None:
+    policies = made("kvzip").policies(facts(llama.config))
+    bank = build(llama, draw(1, CONTEXT + 11), CONTEXT, needs=frozenset({"attention"}))
+    with pytest.raises(UsageError, match="selects tokens by a replay"):
+        Bench(llama, bank).measure(policies)

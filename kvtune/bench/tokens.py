@@ -179,7 +179,7 @@ class Tokens:
         ):
             made = build(self._model, self._tokens, self._sizes.context, **wanted(policies))
             if "replay" in fed:
-                made = dataclasses.replace(made, attention=self._replayed(made))
+                made = dataclasses.replace(made, attention=self._replayed(made), replayed=True)
             if "ahead" in fed:
                 made = self._ahead(made)
             held = self._banks[fed] = made
