@@ -114,9 +114,14 @@ TWINS = (
 
 
 def _runs(recipe: Recipe) -> bool:
-    """Whether a recipe needs no search and no profile before it is applied."""
+    """Whether a recipe needs no search and no profile before it is applied, and no more than a
+    prompt's own forward."""
+    if recipe.is_open() or recipe.prefill:
+        return False
     allots = [parts.parse(entry.allot) for entry in recipe.layers if entry.allot]
-    return not recipe.is_open() and not any(part.reads for part in allots)  # type: ignore
+    selects = [parts.parse(entry.select) for entry in recipe.layers if entry.select]
+    fed = any(part.needs & {"replay", "ahead"} for part in selects)
+    return not fed and not any(part.reads for part in allots)  # type: ignore
 
 
 RUNNABLE = {

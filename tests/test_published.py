@@ -30,7 +30,8 @@ HELD = {
     "snapkv": 1024,
     "tova": 512,
 }
-FITTED = {"adakv": 1024, "compresskv": 256, "d2o": 410, "prefixkv": 0.2}
+FITTED = {"adakv": 1024, "compresskv": 256, "d2o": 410, "prefixkv": 0.2, "priced-heads": 1024}
+FED = ("kvzip", "speckv", "specpc")  # what reads more than a prompt
 
 
 def select_of(recipe: Recipe) -> Selector:
@@ -39,7 +40,7 @@ def select_of(recipe: Recipe) -> Selector:
     return found
 
 
-@pytest.mark.parametrize("name", [*HELD, *FITTED])
+@pytest.mark.parametrize("name", [*HELD, *FITTED, *FED])
 def test_a_recipe_goes_by_the_name_of_its_file(name: str, shipped: dict[str, Path]) -> None:
     assert recipes.load(shipped[f"{name}.toml"]).name == name
 
@@ -77,6 +78,10 @@ def test_what_needs_a_profile_says_which_command_shares_out_the_budget(
     draw = torch.Generator().manual_seed(0)
 
     def read(row: str, layers: Any) -> torch.Tensor:
+        if row == "tokens.prices_by_head":  # of shares kept and what they cost, less with more
+            shares = torch.tensor([0.1, 0.25, 0.5, 1.0]).expand(len(layers), 2, 4)
+            costs = torch.rand(len(layers), 2, 4, generator=draw).sort(-1, descending=True).values
+            return torch.stack([shares, costs], -1)
         shape = {"tokens.heads": (2, 257), "tokens.curves": (257,)}.get(row, ())
         drawn = torch.rand(len(layers), *shape, generator=draw)
         if row == "tokens.curves":
