@@ -16,6 +16,7 @@ from kvtune.retention import Selector
 HEADS = 4
 HEAD_DIMS = (128, 64, 256, 16)
 MOST = 64  # settings in full product; a method with more is varied one setting at a time
+SHARED = Selector.model_fields  # settings that all selectors have
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +34,10 @@ def marked(kind: type[Part]) -> dict[str, tuple[Any, ...]]:
 def settings(kind: type[Part]) -> list[Part]:
     """Returns the default and the legal variants of a method."""
     legal = marked(kind)
+    if issubclass(kind, Selector) and kind.name() != "attention":  # of what all have, one tells
+        legal = {
+            name: values for name, values in legal.items() if name not in Selector.model_fields
+        }
     full = list(itertools.product(*legal.values()))
     if len(full) <= MOST:
         varied = [dict(zip(legal, values, strict=True)) for values in full]
@@ -52,8 +57,6 @@ def home(part: Part) -> tuple[int, str] | None:
     return None
 
 
-# settings that all selectors have
-SHARED = Selector.model_fields
 KINDS = {name: parts.find(name) for name in parts.names()}
 ALL = [part for kind in KINDS.values() for part in settings(kind)]
 CODECS = [part for part in ALL if isinstance(part, Codec) and home(part)]
