@@ -9,9 +9,9 @@ from kvtune.shares import levelled, reached, tokens
 
 
 class Prefix(Allocator):
-    """tokens_l = the least + the fewest o for which a layer's o best tokens have the share p of its
-    attention, among the tokens that compete.
+    """Layers keep the fewest tokens that have the share p of their attention, and the least.
 
+    tokens_l = least + min(o: the o best of the tokens that compete have p of the layer's mass).
     One p for all layers, found by bisection so that the budget is met (PrefixKV, arXiv:2412.03409).
     The paper scales what the search gives to its sum; here the tokens of the last step of p are
     dealt out one by one, so that a larger budget takes no token from any layer.
