@@ -34,10 +34,6 @@ def marked(kind: type[Part]) -> dict[str, tuple[Any, ...]]:
 def settings(kind: type[Part]) -> list[Part]:
     """Returns the default and the legal variants of a method."""
     legal = marked(kind)
-    if issubclass(kind, Selector) and kind.name() != "attention":  # of what all have, one tells
-        legal = {
-            name: values for name, values in legal.items() if name not in Selector.model_fields
-        }
     full = list(itertools.product(*legal.values()))
     if len(full) <= MOST:
         varied = [dict(zip(legal, values, strict=True)) for values in full]
@@ -57,8 +53,14 @@ def home(part: Part) -> tuple[int, str] | None:
     return None
 
 
+def _tells(part: Part) -> bool:
+    """Whether a part tells more than others: what all selectors have is varied for one of them."""
+    shared = isinstance(part, Selector) and part.model_fields_set & SHARED.keys()
+    return not shared or part.name() == "attention"
+
+
 KINDS = {name: parts.find(name) for name in parts.names()}
-ALL = [part for kind in KINDS.values() for part in settings(kind)]
+ALL = [part for kind in KINDS.values() for part in settings(kind) if _tells(part)]
 CODECS = [part for part in ALL if isinstance(part, Codec) and home(part)]
 
 
