@@ -121,7 +121,7 @@ def _runs(recipe: Recipe) -> bool:
     allots = [parts.parse(entry.allot) for entry in recipe.layers if entry.allot]
     selects = [parts.parse(entry.select) for entry in recipe.layers if entry.select]
     fed = any(part.needs & {"replay", "ahead"} for part in selects)
-    return not fed and not any(part.reads for part in allots)  # type: ignore
+    return not fed and not any(getattr(part, "reads", None) for part in allots)
 
 
 RUNNABLE = {

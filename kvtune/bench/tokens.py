@@ -21,6 +21,7 @@ from kvtune.errors import UsageError
 from kvtune.fit import Fitter, fit, fitted, ship
 from kvtune.measure import Bench
 from kvtune.models import facts
+from kvtune.parts import Part
 from kvtune.prefill import Draft
 from kvtune.profile import Profile
 from kvtune.prove import interval
@@ -87,14 +88,7 @@ class Tokens:
             UsageError: a name that is no selector, or one that is fitted, without a profile.
         """
         for name in names:
-            kind = parts.find(name)
-            if not issubclass(kind, Selector):
-                raise UsageError(f"{name} is a {kind.kind}, not a selector.", "Run: kvtune methods")
-            if kind.fits and self._profile is None:
-                raise UsageError(
-                    f"{name} reads tensors that are fitted to a profile.",
-                    "Run: kvtune calibrate MODEL --heads, and give --profile FILE.",
-                )
+            self._check(name, Selector, "reads tensors that are fitted to a profile", " --heads")
         cases = [(name, share, {"use": name}, None) for name in names for share in shares]
         return self._rows(cases)
 
@@ -105,15 +99,19 @@ class Tokens:
             UsageError: a name that is no allocator, or one that goes by a profile, without one.
         """
         for name in names:
-            kind = parts.find(name)
-            if not issubclass(kind, Allocator):
-                raise UsageError(f"{name} is a {kind.kind}, no allocator.", "Run: kvtune methods")
-            if kind.reads and self._profile is None:
-                raise UsageError(
-                    f"{name} shares a budget out by what calibration measured.",
-                    "Run: kvtune calibrate MODEL, and give --profile FILE.",
-                )
+            self._check(name, Allocator, "shares a budget out by what calibration measured")
         return self._rows([(n, s, {"use": scorer}, {"use": n}) for s in shares for n in names])
+
+    def _check(self, name: str, wanted: type[Part], why: str, option: str = "") -> None:
+        """Raises UsageError for a part of another kind, or without the profile that it wants."""
+        kind = parts.find(name)
+        if not issubclass(kind, wanted):
+            article = "no" if wanted is Allocator else "not a"
+            told = f"{name} is a {kind.kind}, {article} {wanted.kind}."
+            raise UsageError(told, "Run: kvtune methods")
+        if self._profile is None and (getattr(kind, "fits", False) or getattr(kind, "reads", None)):
+            again = f"Run: kvtune calibrate MODEL{option}, and give --profile FILE."
+            raise UsageError(f"{name} {why}.", again)
 
     def _rows(self, cases: Sequence[tuple[str, float, dict[str, Any], Any]]) -> list[Row]:
         found = []

@@ -259,7 +259,9 @@ def merge_two(merger: Merger) -> Merged:
 def test_values_only_weighs_by_likeness_and_length() -> None:
     share = math.sqrt(37) / (math.sqrt(37) + 4)
     for threshold, total in ((0.0, 1.4 * share), (0.5, 1.4 * share), (0.7, 0.8 * share)):
-        found = merge_two(parts.find("values_only")(threshold=threshold)).values  # type: ignore
+        merger = parts.parse({"use": "values_only", "threshold": threshold})
+        assert isinstance(merger, Merger)
+        found = merge_two(merger).values
         expected = torch.tensor([4 + total, 6 * total]) / (1 + total)
         assert_close(found[0, 0, 0], expected)
 
